@@ -1,0 +1,54 @@
+"""hra-export: fold, validate and ship Householder Reflection Adaptation (HRA) adapters.
+
+The public names are loaded on first use, so that importing the package pulls in neither torch nor transformers.
+"""
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hra_export.adapter import HraAdapter as HraAdapter
+    from hra_export.adapter import read_adapter as read_adapter
+    from hra_export.adapter import write_adapter as write_adapter
+    from hra_export.checkpoint import Checkpoint as Checkpoint
+    from hra_export.checkpoint import open_checkpoint as open_checkpoint
+    from hra_export.errors import HraExportError as HraExportError
+    from hra_export.householder import BlockReflector as BlockReflector
+    from hra_export.householder import compact_wy as compact_wy
+    from hra_export.inspection import inspect_adapter as inspect_adapter
+    from hra_export.layer import attach as attach
+    from hra_export.merge import MergeReport as MergeReport
+    from hra_export.merge import merge_checkpoint as merge_checkpoint
+    from hra_export.parity import ParityReport as ParityReport
+    from hra_export.plan import MergePlan as MergePlan
+    from hra_export.plan import plan_merge as plan_merge
+    from hra_export.validate import validate_merged as validate_merged
+
+_ORIGIN = {
+    "BlockReflector": "householder",
+    "Checkpoint": "checkpoint",
+    "HraAdapter": "adapter",
+    "HraExportError": "errors",
+    "MergePlan": "plan",
+    "MergeReport": "merge",
+    "ParityReport": "parity",
+    "attach": "layer",
+    "compact_wy": "householder",
+    "inspect_adapter": "inspection",
+    "merge_checkpoint": "merge",
+    "open_checkpoint": "checkpoint",
+    "plan_merge": "plan",
+    "read_adapter": "adapter",
+    "validate_merged": "validate",
+    "write_adapter": "adapter",
+}
+
+__all__ = ["__version__", *_ORIGIN]  # noqa: PLE0604  the table is the list
+
+__version__ = metadata.version("hra-export")
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ORIGIN:
+        raise AttributeError(f"module `hra_export` has no attribute `{name}`")
+    return getattr(import_module(f"hra_export.{_ORIGIN[name]}"), name)

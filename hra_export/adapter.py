@@ -1,0 +1,282 @@
+"""HRA adapters in PEFT's layout: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+
+What is adapted is read from the tensor names. The config's `target_modules` may hold a regular expression, which is
+never run: a hostile one takes hours on a short name. Pickled adapters (`adapter_model.bin`) are refused.
+
+Limits: PEFT keeps each named adapter but `default` in a folder of its own; pass that folder.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hra_export import names, tensorfile
+from hra_export.errors import AdapterError, FormatError, NumericalError
+from hra_export.householder import BlockReflector, compact_wy
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class HraAdapter:
+    """One adapter: a chain per target module, and the parameters that were trained beside them.
+
+    Attributes:
+        chains: module path → U (d, r) as stored, columns not normalized, float32 or half.
+        parameters: parameter name → its trained value: biases, saved modules. Paged lazily when read from a file.
+        rank: r, the same for every chain.
+        orthogonalize: the Gram-Schmidt variant (PEFT's `apply_GS`).
+        bias: PEFT's `none`, `hra_only` or `all`.
+        base: `base_model_name_or_path`, if the config has one.
+        task: PEFT's `task_type`, if any.
+        model_class: the class that was adapted, from PEFT's `auto_mapping`, if any.
+        path: the directory it came from, if any.
+        digest: SHA-256 over config and weights, hex; empty when it was not read from a file.
+    """
+
+    chains: Mapping[str, Tensor]
+    rank: int
+    orthogonalize: bool = False
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    base: str | None = None
+    task: str | None = None
+    model_class: str | None = None
+    path: Path | None = None
+    digest: str = ""
+
+    @property
+    def label(self) -> str:
+        """How messages call this adapter."""
+        return str(self.path) if self.path is not None else "(in memory)"
+
+    def reflector(self, module: str, *, dtype: torch.dtype = torch.float64) -> BlockReflector:
+        """The chain of one target in compact WY form.
+
+        Raises:
+            NumericalError: a zero or non-finite vector, or Gram-Schmidt breaks down; names the target.
+        """
+        try:
+            return compact_wy(self.chains[module], orthogonalize=self.orthogonalize, dtype=dtype)
+        except NumericalError as error:
+            raise NumericalError(f"adapter `{self.label}`, target `{module}`: {error.message}", hint=error.hint) from error
+
+
+def read_adapter(directory: Path) -> HraAdapter:
+    """Read an adapter directory and check everything that can be checked without the base.
+
+    Raises:
+        AdapterError: not an adapter, not HRA, malformed, or config and tensors disagree; all findings at once.
+        NumericalError: a reflection vector is zero or not finite; all of them named.
+    """
+    try:
+        config_bytes = _read_config_bytes(directory)
+        config = _HraConfig.parse(directory, tensorfile.strict_json(directory / CONFIG_NAME, config_bytes))
+        weights = tensorfile.read_header(_weights_path(directory))
+    except FormatError as error:
+        raise AdapterError(error.message, findings=error.findings, hint=error.hint) from error
+    except OSError as error:
+        raise AdapterError(f"cannot read adapter `{directory}`: {error}") from error
+    chains, parameters = _read_tensors(directory, weights, config)
+    digest = hashlib.sha256(config_bytes)
+    with weights.path.open("rb") as stream:
+        digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return HraAdapter(
+        chains=chains,
+        parameters=parameters,
+        rank=config.rank,
+        orthogonalize=config.orthogonalize,
+        bias=config.bias,
+        modules_to_save=config.modules_to_save,
+        base=config.base,
+        task=config.task,
+        model_class=config.model_class,
+        path=directory,
+        digest=digest.hexdigest(),
+    )
+
+
+def write_adapter(adapter: HraAdapter, directory: Path) -> None:
+    """Write an adapter so that stock PEFT loads it: chains in float32, parameters in their own dtype.
+
+    The directory is made if needed; each file appears whole or not at all. `target_modules` lists full module paths.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {names.chain_key(module): u.detach().to("cpu", torch.float32) for module, u in adapter.chains.items()}
+    for name, value in adapter.parameters.items():
+        tensors[names.parameter_key(name, adapter.chains)] = value.detach().to("cpu")
+    ordered = {key: tensors[key].contiguous() for key in sorted(tensors)}
+    layout = tensorfile.lay_out(
+        ((key, tensorfile.dtype_name(value.dtype), tuple(value.shape)) for key, value in ordered.items()),
+        {"format": "pt"},
+    )
+    body = b"".join(ordered[key].view(torch.uint8).numpy().tobytes() for key in layout.tensors)
+    _write_whole(directory / WEIGHTS_NAME, layout.header + body)
+    _write_whole(directory / CONFIG_NAME, (json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class _HraConfig:
+    """The fields of `adapter_config.json` that matter here, checked."""
+
+    rank: int
+    orthogonalize: bool
+    bias: str
+    modules_to_save: tuple[str, ...]
+    base: str | None
+    task: str | None
+    model_class: str | None
+
+    @classmethod
+    def parse(cls, directory: Path, config: object) -> "_HraConfig":
+        path = directory / CONFIG_NAME
+        if not isinstance(config, dict):
+            raise AdapterError(f"`{path}`: expected a JSON object, got {type(config).__name__}")
+        peft_type = config.get("peft_type")
+        if peft_type != "HRA":
+            raise AdapterError(
+                f"`{directory}` is not an HRA adapter: its peft_type is {peft_type!r}",
+                hint="PEFT's own `merge_and_unload` merges the other methods",
+            )
+        saved, bias = config.get("modules_to_save"), config.get("bias", "none")
+        auto_mapping = config.get("auto_mapping")
+        rank, orthogonalize = config.get("r"), config.get("apply_GS", False)
+        findings = []
+        if type(rank) is not int or rank < 1:
+            findings.append(f"r: expected a positive integer, got {rank!r}")
+        if not isinstance(orthogonalize, bool):
+            findings.append(f"apply_GS: expected true or false, got {orthogonalize!r}")
+        if bias not in ("none", "hra_only", "all"):
+            findings.append(f"bias: expected none, hra_only or all, got {bias!r}")
+        if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+            findings.append(f"modules_to_save: expected a list of names or null, got {saved!r}")
+        if findings:
+            raise AdapterError(f"`{path}` is not a valid HRA config", findings=findings)
+        return cls(
+            rank=rank,  # type: ignore[arg-type]  # checked above
+            orthogonalize=orthogonalize,
+            bias=bias,
+            modules_to_save=tuple(saved or ()),
+            base=_text(config.get("base_model_name_or_path")),
+            task=_text(config.get("task_type")),
+            model_class=_text(auto_mapping.get("base_model_class")) if isinstance(auto_mapping, dict) else None,
+        )
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _read_config_bytes(directory: Path) -> bytes:
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise AdapterError(
+            f"`{directory}` is not an adapter directory: it has no {CONFIG_NAME}",
+            hint="pass the directory that PEFT's `save_pretrained` wrote",
+        )
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise AdapterError(f"`{path}` has {path.stat().st_size} bytes; an adapter config has at most {MAX_CONFIG_BYTES}")
+    return path.read_bytes()
+
+
+def _weights_path(directory: Path) -> Path:
+    path = directory / WEIGHTS_NAME
+    if not path.exists() and (directory / PICKLE_NAME).exists():
+        raise AdapterError(
+            f"`{directory / PICKLE_NAME}` is a pickle, which can run code when it is read",
+            hint="load it once where you trust it, and save it again with `safe_serialization=True`",
+        )
+    if not path.exists():
+        raise AdapterError(f"`{directory}` has no {WEIGHTS_NAME}")
+    return path
+
+
+def _read_tensors(
+    directory: Path, weights: tensorfile.TensorFile, config: _HraConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    chains: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
+    findings, unusable = [], []
+    for key, info in weights.tensors.items():
+        parsed = names.parse_adapter_key(key, config.modules_to_save)
+        if parsed is None:
+            findings.append(f"{key}: not a tensor of an HRA adapter")
+        elif info.dtype not in tensorfile.FLOAT_DTYPES:
+            findings.append(f"{key}: expected floats, got {info.dtype}")
+        elif parsed.kind == "parameter":
+            parameters[parsed.path] = weights.map(key)
+        elif len(info.shape) != 2 or info.shape[1] != config.rank or info.shape[0] < config.rank:
+            expected = f"(d, {config.rank}) with d >= {config.rank}"
+            findings.append(f"{key}: the config says r = {config.rank}, so expected {expected}, got {info.shape}")
+        else:
+            chains[parsed.path] = vectors = weights.map(key).clone()
+            unusable.extend(_unusable_vectors(key, vectors))
+    if not chains and not findings:
+        findings.append(f"{WEIGHTS_NAME} holds no `hra_u` tensor")
+    if findings:
+        raise AdapterError(f"adapter `{directory}`: {len(findings)} tensors are wrong", findings=findings)
+    if unusable:
+        raise NumericalError(
+            f"adapter `{directory}`: {len(unusable)} reflection vectors have no direction",
+            findings=unusable,
+            hint="training diverged, or the file is damaged; go back to an earlier checkpoint",
+        )
+    return chains, parameters
+
+
+def _unusable_vectors(key: str, vectors: Tensor) -> list[str]:
+    """One line for each column that is zero, NaN or infinite; empty for usable vectors."""
+    largest = vectors.float().abs().amax(dim=0)
+    return [
+        f"{key}, vector {i}: {'zero' if value == 0 else 'NaN or infinite'}"
+        for i, value in enumerate(largest.tolist())
+        if not 0 < value < float("inf")
+    ]
+
+
+def _peft_config(adapter: HraAdapter) -> dict[str, object]:
+    """The fields that PEFT 0.21 writes, so that any PEFT since 0.12 reads them."""
+    mapping = {"base_model_class": adapter.model_class} if adapter.model_class else None
+    return {
+        "apply_GS": adapter.orthogonalize,
+        "auto_mapping": mapping,
+        "base_model_name_or_path": adapter.base,
+        "bias": adapter.bias,
+        "exclude_modules": None,
+        "inference_mode": True,
+        "init_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": list(adapter.modules_to_save) or None,
+        "peft_type": "HRA",
+        "r": adapter.rank,
+        "revision": None,
+        "target_modules": sorted(adapter.chains),
+        "task_type": adapter.task,
+    }
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write a small file beside its name, flush it to the disk, and rename it."""
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(path)

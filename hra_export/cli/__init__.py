@@ -1,0 +1,78 @@
+"""The command line: one file a verb, imported when the verb is used.
+
+Exit codes are those of `hra_export.errors`, plus 2 for usage, 3 for parity that fails, 130 and 143 for interrupts.
+"""
+
+import signal
+import sys
+import traceback
+from importlib import import_module
+from types import FrameType
+
+import click
+
+from hra_export import __version__
+from hra_export.cli.console import print_error
+from hra_export.errors import HraExportError
+
+# verb: (module, one line of help). Listing them imports none.
+VERBS = {
+    "merge": ("hra_export.cli.merge", "Fold adapters into the base weights and write safetensors."),
+    "validate": ("hra_export.cli.validate", "Prove that a merged model computes what PyTorch computes."),
+    "inspect": ("hra_export.cli.inspect", "Show what an adapter does: targets, ranks, angles."),
+    "doctor": ("hra_export.cli.doctor", "Show versions and devices, and what is missing."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose verbs are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order a user meets them."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one verb."""
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = getattr(import_module(VERBS[cmd_name][0]), "command")  # noqa: B009  typed on this line
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table of verbs, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="hra-export")
+def cli() -> None:
+    """Fold, validate and ship Householder Reflection Adaptation (HRA) adapters.
+
+    Example: hra-export merge runs/adapter --base models/base --output merged
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = cli.main(args=arguments, prog_name="hra-export", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; the output path is as it was", err=True)
+        code = 130
+    except HraExportError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print_error(error, as_json="--json" in arguments)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    click.echo("terminated; the output path is as it was", err=True)
+    raise SystemExit(128 + number)

@@ -1,0 +1,40 @@
+"""Options that several verbs share, each defined once."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import click
+
+from hra_export.cli.console import make_console
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+adapters = click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+adapter = click.argument("adapter", metavar="ADAPTER")
+base = click.option(
+    "--base", metavar="BASE", help="Model directory, Hub id or .gguf file.  [default: the adapter's own base]"
+)
+output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace an output that hra-export wrote.")
+dry_run = click.option("--dry-run", is_flag=True, help="Print the plan, from headers only, and write nothing.")
+device = click.option(
+    "--device", metavar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+
+
+def talk(command: Callable[P, R]) -> Callable[..., R]:
+    """`--json`, `-q`, `-v` and `--debug`, turned into the command's `console`."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+    @click.option("-v", "--verbose", count=True, help="More on stderr; twice for every tensor.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks of refused input.")
+    @wraps(command)
+    def wrapped(*args: P.args, as_json: bool, quiet: bool, verbose: int, debug: bool, **kwargs: P.kwargs) -> R:
+        kwargs["console"] = make_console(as_json=as_json, quiet=quiet, verbose=2 if debug else verbose)
+        return command(*args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,75 @@
+"""What ADAPTER and BASE may be: a directory, a Hub id, a .gguf file. The only place that may use the network."""
+
+import os
+import re
+from pathlib import Path
+
+import platformdirs
+
+from hra_export.adapter import HraAdapter, read_adapter
+from hra_export.cli.console import Console
+from hra_export.errors import AdapterError, CheckpointError, OutputError
+from hra_export.registry import load_converter
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+ADAPTER_PATTERNS = ["adapter_config.json", "adapter_model.safetensors", "token*", "*.jinja", "vocab*", "merges.txt"]
+# Everything a model directory may need except weights in other formats.
+BASE_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "README.md"]
+
+
+def resolve_adapter(name: str) -> HraAdapter:
+    """Read an adapter from a directory or the Hub.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return read_adapter(path)
+    if not HUB_ID.fullmatch(name):
+        raise AdapterError(f"adapter `{name}` does not exist")
+    return read_adapter(_download(name, ADAPTER_PATTERNS, what="adapter"))
+
+
+def resolve_base(name: str | None, adapters: list[HraAdapter], console: Console) -> Path:
+    """The directory of a base: as it is, from the Hub, or dequantized from a GGUF file into the user's cache.
+
+    Raises:
+        CheckpointError: no base was named or it does not exist.
+    """
+    chosen = name or next((adapter.base for adapter in adapters if adapter.base), None)
+    if chosen is None:
+        raise CheckpointError("the adapter names no base", hint="pass it with `--base`")
+    path = Path(chosen).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _dequantize(path, console)
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(chosen):
+        raise CheckpointError(f"base `{chosen}` does not exist", hint="pass another with `--base`" if not name else None)
+    return _download(chosen, BASE_PATTERNS, what="base")
+
+
+def _dequantize(path: Path, console: Console) -> Path:
+    converter = load_converter("from_gguf")
+    target = Path(platformdirs.user_cache_dir("hra-export")) / "gguf" / converter.cache_name(path)
+    if not target.exists():
+        console.say(f"dequantizing `{path.name}` to float32, once, into `{target}`")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        converter.convert(path, target)
+    console.say(f"base: `{path.name}`, dequantized; what is merged are its dequantized weights")
+    return target
+
+
+def _download(repository: str, patterns: list[str], *, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        kind = AdapterError if what == "adapter" else CheckpointError
+        raise kind(f"{what} `{repository}` is neither a directory nor a repository of the Hub") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise OutputError(f"cannot fetch {what} `{repository}` from the Hub{offline}: {error}") from error

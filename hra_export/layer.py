@@ -1,0 +1,357 @@
+"""Live HRA layers: modules that carry a chain in front of any base layer.
+
+`base_layer(z)` is called on rotated activations z = x Rᵀ, so quantized, sharded and wrapped base layers work, and the
+base weight is never touched. A convolution has no rows of activations to rotate; it adds ΔW = B A as two small
+convolutions. An embedding rotates the rows it looked up.
+
+The chain's U stays float32. For half-precision activations U is cast first and T is built from the cast U: taken
+from the uncast one, R leaves orthogonality by 2e-2 in bfloat16.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hra_export import householder
+from hra_export.adapter import HraAdapter
+from hra_export.errors import MismatchError, UnsupportedModelError
+from hra_export.householder import BlockReflector
+from hra_export.layout import runtime_location
+
+
+class Chain(nn.Module):
+    """The reflection vectors of one target, and the factors computed from them.
+
+    Args:
+        vectors: (d, r); kept as a float32 parameter (float64 stays float64).
+        orthogonalize: Gram-Schmidt variant.
+    """
+
+    def __init__(self, vectors: Tensor, *, orthogonalize: bool) -> None:
+        super().__init__()
+        dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+        self.hra_u = nn.Parameter(vectors.detach().to(dtype, copy=True))
+        self.orthogonalize = orthogonalize
+        self._cached: tuple[torch.dtype, torch.device, int, BlockReflector] | None = None
+
+    def reflector(self, dtype: torch.dtype, device: torch.device) -> BlockReflector:
+        """U in `dtype`, T in float32 or wider. Differentiable while `hra_u` requires gradients, else cached."""
+        if self.hra_u.requires_grad and torch.is_grad_enabled():
+            return _differentiable_reflector(self.hra_u.to(device), dtype, self.orthogonalize)
+        version = self.hra_u._version  # noqa: SLF001  torch's public way to see an in-place change is this counter
+        if self._cached is None or self._cached[:3] != (dtype, device, version):
+            exact = householder.compact_wy(self.hra_u, orthogonalize=self.orthogonalize)
+            self._cached = (dtype, device, version, _rounded(exact, dtype, device))
+        return self._cached[3]
+
+
+class ReflectedLayer(nn.Module):
+    """A Linear-like layer behind one or more chains: y = base(x Rᵀ) with R = R_1 R_2 … in the order given.
+
+    Any module that maps (…, d) to (…, o) can be the base: Linear, transformers' Conv1D, a quantized layer.
+    """
+
+    def __init__(self, base_layer: nn.Module, chains: Sequence[Chain]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.chains = nn.ModuleList(chains)
+        self.enabled = True
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> object:
+        """Attributes of the base layer (`weight`, `bias`, `in_features`) show through: model code reads them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:
+        """base_layer(x Rᵀ); further arguments go to the base layer."""
+        self.calls += 1
+        if self.enabled:
+            x = self.rotate(x)
+        return self.base_layer(x, *args, **kwargs)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x (…, d) → x Rᵀ, in x's dtype; the r×r part runs in float32 or wider."""
+        # W R_1 R_2: the last chain meets the activations first.
+        for chain in reversed(self.chains):
+            block = chain.reflector(x.dtype, x.device)
+            coefficients = ((x @ block.u).to(block.t.dtype) @ block.t.T).to(x.dtype)  # (…, r)
+            x = x - coefficients @ block.u.T
+        return x
+
+
+class ReflectedConv2d(ReflectedLayer):
+    """A convolution behind chains over its (in·kh·kw) patches: y = conv(x, W) + conv1×1(conv(x, A), B), ΔW = B A."""
+
+    base_layer: nn.Conv2d
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:
+        """The base convolution of x, plus ΔW's part."""
+        self.calls += 1
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        weight = self.base_layer.weight
+        rows = weight.reshape(weight.shape[0], -1).to(torch.float32)
+        chains = [chain.reflector(torch.float32, weight.device) for chain in self.chains]
+        b, a = householder.low_rank_factors(rows, householder.compose(chains[0], *chains[1:]))
+        kernels = a.reshape(-1, *weight.shape[1:]).to(x.dtype)  # (r, in, kh, kw)
+        # torch's own helper applies stride, padding, padding mode and dilation as the base convolution does.
+        reduced = self.base_layer._conv_forward(x, kernels, None)  # noqa: SLF001
+        return y + nn.functional.conv2d(reduced, b.to(x.dtype)[:, :, None, None])
+
+
+class ReflectedEmbedding(ReflectedLayer):
+    """An embedding whose rows are rotated after the lookup: e R."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:
+        """The looked-up rows of x (…), rotated: (…, d)."""
+        self.calls += 1
+        rows = self.base_layer(x, *args, **kwargs)
+        if self.enabled:
+            for chain in self.chains:
+                block = chain.reflector(rows.dtype, rows.device)
+                coefficients = ((rows @ block.u).to(block.t.dtype) @ block.t).to(rows.dtype)
+                rows = rows - coefficients @ block.u.T
+        return rows
+
+
+class RotatedRegion(nn.Module):
+    """A parametrization: one region of a stacked parameter (an expert, say) times R, computed at each access."""
+
+    def __init__(self, chains: Sequence[Chain], index: tuple[slice | int, ...], input_axis: int) -> None:
+        super().__init__()
+        self.chains = nn.ModuleList(chains)
+        self.index = index
+        self.input_axis = input_axis
+        self.enabled = True
+        self.calls = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The parameter with its region rotated; a copy."""
+        self.calls += 1
+        if not self.enabled:
+            return weight
+        rows = weight[self.index].movedim(self.input_axis, -1).to(torch.float32)
+        for chain in self.chains:
+            rows = householder.rotate_rows(rows, chain.reflector(torch.float32, weight.device))
+        rotated = weight.clone()
+        rotated[self.index] = rows.movedim(-1, self.input_axis).to(weight.dtype)
+        return rotated
+
+
+@dataclass
+class Attachment:
+    """Adapters at work in a model. `detach` puts everything back as it was."""
+
+    model: nn.Module
+    layers: Mapping[str, ReflectedLayer | RotatedRegion]
+    _replaced: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    _trained: Mapping[str, nn.Parameter] = field(default_factory=dict)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The chains' vectors, for an optimizer."""
+        return [chain.hra_u for layer in self.layers.values() for chain in _chains(layer)]
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Module path → U (d, r) as it stands, for one attached adapter."""
+        return {path: _chains(layer)[0].hra_u.detach().clone() for path, layer in self.layers.items()}
+
+    def unused(self) -> list[str]:
+        """Targets that no forward pass has run since they were attached: their chains had no effect."""
+        return [path for path, layer in self.layers.items() if layer.calls == 0]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model, inside the block."""
+        self._set_enabled(False)
+        try:
+            yield
+        finally:
+            self._set_enabled(True)
+
+    def detach(self) -> None:
+        """Take the layers out again and restore biases and saved modules."""
+        _install_parameters(self.model, self._replaced)
+        for path, layer in self.layers.items():
+            if isinstance(layer, ReflectedLayer):
+                self.model.set_submodule(path, layer.base_layer)
+        for module in list(self.model.modules()):
+            for name in [name for name in getattr(module, "parametrizations", {}) if _is_rotated(module, name)]:
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+
+    def _set_enabled(self, enabled: bool) -> None:
+        for layer in self.layers.values():
+            layer.enabled = enabled
+        _install_parameters(self.model, self._trained if enabled else self._replaced)
+
+
+def attach(model: nn.Module, *adapters: HraAdapter) -> Attachment:
+    """Put live HRA layers into `model`, which is changed in place until `Attachment.detach`.
+
+    Several adapters compose in the order given: W R_1 R_2 …. Their biases and saved modules replace the model's, the
+    last adapter's winning.
+
+    Args:
+        model: any module tree; module paths are matched literally, then through transformers' own renamings.
+        adapters: as read by `read_adapter`.
+
+    Raises:
+        MismatchError: targets or parameters that the model does not have, or whose shapes disagree; all of them.
+        UnsupportedModelError: a grouped convolution, or a layer kind that no chain is defined for.
+    """
+    chains: dict[str, list[Chain]] = {}
+    for adapter in adapters:
+        for path, vectors in adapter.chains.items():
+            chains.setdefault(path, []).append(Chain(vectors, orthogonalize=adapter.orthogonalize))
+    parameters = {name: value for adapter in adapters for name, value in adapter.parameters.items()}
+    sites = {path: _find_site(model, path) for path in chains}
+    _check_fit(model, chains, sites, parameters)
+    trained = {name: _as_parameter(model, name, value) for name, value in parameters.items()}
+    replaced = {name: model.get_parameter(name) for name in parameters}
+    _install_parameters(model, trained)
+    layers: dict[str, ReflectedLayer | RotatedRegion] = {}
+    for path, site in sites.items():
+        assert site is not None
+        key = path if isinstance(site, _Stacked) else site
+        layers[key] = _install_chain(model, site, chains[path])
+    return Attachment(model, layers, replaced, trained)
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    """A region of a parameter that holds many layers at once."""
+
+    module: str
+    parameter: str
+    index: tuple[slice | int, ...]
+    input_axis: int
+
+
+def _find_site(model: nn.Module, path: str) -> "str | _Stacked | None":
+    """Where a target lives in this model: a module path, a region of a stacked parameter, or nowhere."""
+    if _has_module(model, path):
+        return path
+    location = runtime_location(model, f"{path}.weight")
+    if location is None:
+        return None
+    module, _, leaf = location.parameter.rpartition(".")
+    if location.is_whole and leaf == "weight" and _has_module(model, module):
+        return module
+    return _Stacked(module, leaf, location.index, location.input_axis)
+
+
+def _check_fit(
+    model: nn.Module,
+    chains: Mapping[str, list[Chain]],
+    sites: "Mapping[str, str | _Stacked | None]",
+    parameters: Mapping[str, Tensor],
+) -> None:
+    findings = []
+    for path, site in sites.items():
+        if site is None:
+            findings.append(f"{path}: the model has no module of this name")
+        elif isinstance(site, str):
+            features = _features(path, model.get_submodule(site))
+            wrong = [chain for chain in chains[path] if features not in (None, chain.hra_u.shape[0])]
+            findings.extend(f"{path}: expected U of shape ({features}, r), got {tuple(c.hra_u.shape)}" for c in wrong)
+    known = dict(model.named_parameters(remove_duplicate=False))
+    findings.extend(f"{name}: the model has no parameter of this name" for name in parameters if name not in known)
+    if findings:
+        raise MismatchError(f"the adapter does not fit this {type(model).__name__}", findings=findings)
+
+
+def _features(path: str, module: nn.Module) -> int | None:
+    """d of a target, None where the module does not say."""
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            raise UnsupportedModelError(f"`{path}` is a grouped convolution (groups={module.groups}), which HRA has not")
+        return module.weight[0].numel()
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    if hasattr(module, "in_features"):
+        return int(module.in_features)  # type: ignore[arg-type]  # nn.Module types every attribute as Tensor | Module
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # transformers' GPT-2 layer, (in, out)
+        return weight.shape[0]
+    if isinstance(module, nn.Conv1d | nn.Conv3d | nn.ConvTranspose2d) or weight is None:
+        raise UnsupportedModelError(f"`{path}` is a {type(module).__name__}, for which HRA defines no chain")
+    return None
+
+
+def _install_chain(model: nn.Module, site: "str | _Stacked", chains: list[Chain]) -> ReflectedLayer | RotatedRegion:
+    if isinstance(site, _Stacked):
+        region = RotatedRegion(chains, site.index, site.input_axis)
+        parametrize.register_parametrization(model.get_submodule(site.module), site.parameter, region, unsafe=True)
+        return region
+    base = model.get_submodule(site)
+    kind = ReflectedLayer
+    if isinstance(base, nn.Conv2d):
+        kind = ReflectedConv2d
+    elif isinstance(base, nn.Embedding):
+        kind = ReflectedEmbedding
+    layer = kind(base, chains)
+    layer.train(base.training)
+    model.set_submodule(site, layer)
+    return layer
+
+
+def _differentiable_reflector(vectors: Tensor, dtype: torch.dtype, orthogonalize: bool) -> BlockReflector:
+    """Like `compact_wy`, in autograd's reach: no checks, and T from the cast U."""
+    if orthogonalize:
+        q = torch.linalg.qr(vectors).Q
+        return BlockReflector(q.to(dtype), 2 * torch.eye(q.shape[1], dtype=vectors.dtype, device=vectors.device))
+    u = (vectors / torch.linalg.vector_norm(vectors, dim=0)).to(dtype)
+    return BlockReflector(u, _solve_t(u.to(vectors.dtype)))
+
+
+def _rounded(exact: BlockReflector, dtype: torch.dtype, device: torch.device) -> BlockReflector:
+    """U cast to the activations' dtype; T from the cast U, so that R stays orthogonal."""
+    u = exact.u.to(device, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    orthonormal = torch.equal(exact.t, 2 * torch.eye(exact.rank, dtype=exact.t.dtype, device=exact.t.device))
+    return BlockReflector(u, exact.t.to(device, wide) if orthonormal else _solve_t(u.double()).to(wide))
+
+
+def _solve_t(u: Tensor) -> Tensor:
+    """T of columns whose norms are not exactly 1: T⁻¹ = diag(½ uᵢᵀuᵢ) + triu(UᵀU, 1)."""
+    gram = u.T @ u
+    t_inverse = torch.triu(gram, diagonal=1) + torch.diag(gram.diagonal() / 2)
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(t_inverse, identity, upper=True)
+
+
+def _as_parameter(model: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+    old = model.get_parameter(name)
+    return nn.Parameter(value.detach().to(old.device, old.dtype), requires_grad=False)
+
+
+def _install_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Swap parameters by name. The old ones are untouched, so a tie to another module is broken, not written through."""
+    for name, value in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        owner = module.base_layer if isinstance(module, ReflectedLayer) else module
+        setattr(owner, leaf, value)
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _chains(layer: ReflectedLayer | RotatedRegion) -> list[Chain]:
+    return [chain for chain in layer.chains if isinstance(chain, Chain)]
+
+
+def _is_rotated(module: nn.Module, name: str) -> bool:
+    return any(isinstance(entry, RotatedRegion) for entry in module.parametrizations[name])  # type: ignore[index,union-attr]

@@ -1,0 +1,389 @@
+"""Where a parameter lives: in a checkpoint on disk (`Layout`), in a model in memory (`runtime_location`).
+
+transformers loads many models under other names than it stores, stacks experts, splits fused projections. Mostly a
+parameter is a tensor of the same name and none of this is needed; when it is not, the answer comes from transformers'
+own conversion rules, run on a model without memory (meta device). No weight is read, no custom code is executed.
+
+Limits: 3-D experts whose orientation cannot be told can be replaced, not folded into; rows of two layers that
+alternate inside one tensor, and input columns spread over several, are refused.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from hra_export import architecture
+from hra_export.architecture import CONV1D_MODEL_TYPES, SCALED_HEAD_MODEL_TYPES, load_class, may_have_conv1d
+from hra_export.conversions import ModelNames, assemble, read_names
+from hra_export.errors import UnsupportedModelError
+from hra_export.pieces import Block, Piece, substitute
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "CONV1D_MODEL_TYPES",
+    "Layout",
+    "Location",
+    "Region",
+    "load_class",
+    "may_have_conv1d",
+    "read_layout",
+    "runtime_location",
+    "runtime_locations",
+]
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of one checkpoint tensor that holds a parameter, or some of it.
+
+    Attributes:
+        tensor: name on disk.
+        index: (start, stop) per axis of the tensor on disk.
+        features: the axis on disk of the input features, the first of them for a convolution; None for a vector, and
+            where it cannot be told.
+        rows: the part of the parameter's first axis that lies here; None for all of it.
+        pieces: the exact correspondence; needed where rows are permuted, axes swapped or experts stacked.
+    """
+
+    tensor: str
+    index: tuple[tuple[int, int], ...]
+    features: int | None
+    rows: tuple[int, int] | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def input_axis(self) -> int:
+        """The axis on disk on which a chain acts.
+
+        Raises:
+            UnsupportedModelError: there is none, or it cannot be told.
+        """
+        return _known(self.features, self.tensor)
+
+    def part(self, value: "Tensor") -> "Tensor":
+        """Of a value for the whole parameter, what this region must hold, in the shape and order of the disk."""
+        if not self.pieces:
+            return value if self.rows is None else value[slice(*self.rows)]
+        if len(self.pieces) == 1:
+            return self.pieces[0].select(value)
+        part = value.new_empty([stop - start for start, stop in self.index])
+        for piece in self.pieces:
+            spans = zip(piece.index, self.index, strict=True)
+            where = tuple(slice(span.start - start, span.stop - start, span.step) for span, (start, _) in spans)
+            part[where] = piece.select(value)
+        return part
+
+
+@dataclass(frozen=True)
+class Location:
+    """The part of one parameter of a loaded model that a module of an adapter stands for.
+
+    Attributes:
+        parameter: its name in the model.
+        index: slices into it, one per axis.
+        features: the axis of the parameter that carries the input features; None where it cannot be told.
+        is_whole: whether that is the whole parameter.
+    """
+
+    parameter: str
+    index: tuple[slice, ...]
+    features: int | None
+    is_whole: bool
+
+    @property
+    def input_axis(self) -> int:
+        """The axis of the parameter on which a chain acts.
+
+        Raises:
+            UnsupportedModelError: there is none, or it cannot be told.
+        """
+        return _known(self.features, self.parameter)
+
+
+def read_layout(
+    config: Mapping[str, object],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    task: str | None = None,
+    model_class: str | None = None,
+) -> "Layout":
+    """Prepare to look parameters up in a transformers checkpoint; the work is done on the first question.
+
+    Args:
+        config: the parsed `config.json`.
+        shapes: of the tensors on disk, by name.
+        task: PEFT's `task_type`, which says on which class of model the adapter was trained.
+        model_class: PEFT's `auto_mapping["base_model_class"]`, which says it outright.
+    """
+    return Layout(config, shapes, architecture.class_names(config, task, model_class))
+
+
+class Layout:
+    """Where the parameters of a model lie among the tensors of a checkpoint.
+
+    The model is the one the adapter was trained on, or, for names it does not have, the checkpoint's own class or
+    its headless form. Every question may raise UnsupportedModelError: transformers does not know the model, or
+    needs custom code for it.
+    """
+
+    def __init__(
+        self, config: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]], classes: Sequence[str]
+    ) -> None:
+        self._config = config
+        self._shapes = shapes
+        self._pending = list(classes)
+        self._views: list[_View] = []
+        self._reasons: list[str] = []
+
+    def regions(self, parameter: str) -> tuple[Region, ...]:
+        """The disk regions that hold a parameter, in its own order; empty when it is not on disk.
+
+        Args:
+            parameter: by any name transformers has had for it, as `model.layers.0.mlp.experts.3.w1.weight`.
+
+        Raises:
+            UnsupportedModelError: stored in a way that no chain can be folded into.
+            CheckpointError: tensors that it is made of are missing.
+        """
+        return next((found for view in self._all_views() if (found := view.regions(parameter))), ())
+
+    def tied_source(self, parameter: str) -> str | None:
+        """The disk tensor with the values of a parameter that is tied to another; None when it is not tied."""
+        view, name = self._find(parameter)
+        return None if view is None else view.tied_source(name)
+
+    def tied_partners(self, parameter: str) -> dict[str, str]:
+        """What untying a parameter leaves without values: names to write on disk → disk tensors to copy them from.
+
+        Clearing `tie_word_embeddings` ends every tie of a model: BERT's decoder bias along with its weight.
+        """
+        view, name = self._find(parameter)
+        if view is None:
+            return {}
+        tied = architecture.ties(view.names.model)
+        config = {**self._config, **self.untied_config_changes()}
+        still_tied = architecture.ties(architecture.build_on_meta(type(view.names.model), config))
+        partners = {}
+        for partner in dict.fromkeys([*tied, *tied.values()]):
+            source, shared = view.tied_source(partner), still_tied.get(partner)
+            if partner == name or source is None or view.stored_whole(partner) is not None:
+                continue
+            if shared is None or shared == name or view.stored_whole(shared) is None:
+                partners[view.new_name(partner)] = source
+        return partners
+
+    def untied_config_changes(self) -> dict[str, object]:
+        """Keys of `config.json` to change, nested ones as nested dicts, so that tied parameters may differ.
+
+        Empty for the T5 family, where clearing the flag changes the forward pass and transformers 5 ignores it:
+        it unties by itself when the file has both tensors and they differ.
+        """
+        if self._config.get("model_type") in SCALED_HEAD_MODEL_TYPES:
+            return {}
+        changes: dict[str, object] = {"tie_word_embeddings": False}
+        for key, value in self._config.items():
+            if isinstance(value, Mapping) and value.get("tie_word_embeddings"):
+                changes[key] = {**value, "tie_word_embeddings": False}
+        return changes
+
+    def new_name(self, parameter: str) -> str:
+        """The disk name for a parameter that the checkpoint lacks, in the style of the names it has."""
+        view, name = self._find(parameter)
+        return parameter if view is None else view.new_name(name)
+
+    def head_config_changes(self, parameter: str, shape: tuple[int, ...]) -> dict[str, object]:
+        """Keys of `config.json` to change when a parameter is added: the class that has it, the number of labels."""
+        view, name = self._find(parameter)
+        if view is None or name not in view.names.shapes:
+            return {}
+        changes: dict[str, object] = {"architectures": [type(view.names.model).__name__]}
+        old, labels = view.names.shapes[name], getattr(view.names.model.config, "num_labels", None)
+        if shape != old and shape[1:] == old[1:] and old[0] == labels:
+            changes["id2label"] = {str(i): f"LABEL_{i}" for i in range(shape[0])}
+            changes["label2id"] = {f"LABEL_{i}": i for i in range(shape[0])}
+        return changes
+
+    def is_transposed(self, module: str) -> bool:
+        """Whether a module is transformers' Conv1D, which stores its weight (in, out)."""
+        found = self._module(module)
+        return architecture.is_conv1d(found)
+
+    def conv_groups(self, module: str) -> int:
+        """The groups of a convolution; 1 for everything else."""
+        return int(getattr(self._module(module), "groups", 1))
+
+    def _module(self, module: str) -> Any:
+        view, name = self._find(f"{module}.weight")
+        return None if view is None else view.names.model.get_submodule(name.rpartition(".")[0])
+
+    def _find(self, parameter: str) -> "tuple[_View | None, str]":
+        """The first view that has a parameter, and its name there."""
+        for view in self._all_views():
+            block = view.names.locate(parameter)
+            if block is not None:
+                return view, block.pieces[0].tensor
+        return None, parameter
+
+    def _all_views(self) -> "Iterator[_View]":
+        yield from self._views
+        while self._pending:
+            name = self._pending.pop(0)
+            # Model classes fail in every way on a config they were not written for; each failure is reported below.
+            try:
+                model = architecture.build_on_meta(architecture.find_class(name), self._config)
+            except Exception as error:  # noqa: BLE001
+                self._reasons.append(f"{name}: {error}".splitlines()[0])
+                continue
+            if type(model) not in [type(view.names.model) for view in self._views]:
+                self._views.append(_View(model, self._shapes))
+                yield self._views[-1]
+        if not self._views:
+            kind = self._config.get("model_type")
+            raise UnsupportedModelError(
+                f"transformers cannot build a model of type `{kind}`: its tensors cannot be matched with the adapter's",
+                findings=self._reasons,
+                hint="models that bring their own code are not executed; upgrade transformers if the model is new",
+            )
+
+
+class _View:
+    """One class of model over the tensors of a checkpoint."""
+
+    def __init__(self, model: Any, stored: Mapping[str, tuple[int, ...]]) -> None:
+        self.names = read_names(model)
+        self._blocks, self._errors = assemble(self.names, stored)
+        self._used = [rule for rule in self.names.renamings if rule.was_used()]
+
+    def regions(self, parameter: str) -> tuple[Region, ...]:
+        block = self.names.locate(parameter)
+        if block is None:
+            return ()
+        parents = [piece.tensor for piece in block.pieces]
+        for parent in parents:
+            if parent in self._errors:
+                raise self._errors[parent]
+            if parent not in self._blocks:
+                return ()
+        if len(parents) == 1 and block.shape == self.names.shapes[parents[0]] and _is_identity(block):
+            found = self._blocks[parents[0]]  # its own shape: a vocabulary may have been resized
+        else:
+            found = substitute(block, self._blocks.__getitem__)
+        return _regions(parameter, found, _input_axis(self.names, block))
+
+    def stored_whole(self, name: str) -> str | None:
+        """The disk tensor that is exactly this parameter, if there is one."""
+        block = self._blocks.get(name)
+        return block.pieces[0].tensor if block is not None and len(block.pieces) == 1 else None
+
+    def tied_source(self, name: str) -> str | None:
+        """The disk tensor with the values of a tied parameter, its own if there is one."""
+        tied = architecture.ties(self.names.model)
+        if name not in {*tied, *tied.values()}:
+            return None
+        return next(filter(None, map(self.stored_whole, architecture.tied_group(name, tied))), None)
+
+    def new_name(self, name: str) -> str:
+        stored = name
+        for rule in reversed(self._used):
+            stored = rule.reverse_transform().rename_source_key(stored)[0]
+        return stored if self.names.rename(stored)[0] == name else name
+
+
+def runtime_locations(model: Any, parameter: str) -> tuple[Location, ...]:
+    """The parameters of a loaded model that a parameter of an adapter stands for; empty when it has none.
+
+    Args:
+        model: any module, on any device; not changed. Only a PreTrainedModel knows names other than its own.
+        parameter: by any name transformers has had for it.
+    """
+    names = read_names(model)
+    block = names.locate(parameter)
+    if block is None:
+        return ()
+    return tuple(
+        Location(
+            region.tensor,
+            tuple(slice(start, stop) for start, stop in region.index),
+            region.features,
+            tuple(stop - start for start, stop in region.index) == names.shapes[region.tensor],
+        )
+        for region in _regions(parameter, block, _input_axis(names, block))
+    )
+
+
+def runtime_location(model: Any, parameter: str) -> Location | None:
+    """The one place of `runtime_locations`; None when the model has no such parameter.
+
+    Raises:
+        UnsupportedModelError: the model has split it over several parameters.
+    """
+    locations = runtime_locations(model, parameter)
+    if len(locations) > 1:
+        places = ", ".join(f"`{location.parameter}`" for location in locations)
+        raise UnsupportedModelError(f"`{parameter}` is spread over {places} in this {type(model).__name__}")
+    return locations[0] if locations else None
+
+
+def _regions(parameter: str, block: Block, input_axis: int | None) -> tuple[Region, ...]:
+    """Pieces of one tensor that together fill a box of it become one region."""
+    regions = []
+    for tensor, group in groupby(block.pieces, key=lambda piece: piece.tensor):
+        pieces = tuple(group)
+        axes = {None if input_axis is None else piece.axes[input_axis] for piece in pieces}
+        if input_axis is not None and any(not _keeps_columns(piece, block, input_axis) for piece in pieces):
+            raise UnsupportedModelError(f"`{parameter}` has its input features rearranged or spread in `{tensor}`")
+        index = _box(pieces)
+        if index is None:
+            raise UnsupportedModelError(f"`{parameter}` alternates with other rows inside `{tensor}`")
+        rows = None
+        if block.shape:
+            covered = (min(p.place[0].start for p in pieces), max(p.place[0].stop for p in pieces))
+            rows = None if covered == (0, block.shape[0]) else covered
+        regions.append(Region(tensor, index, axes.pop(), rows, pieces))
+    return tuple(regions)
+
+
+def _keeps_columns(piece: Piece, block: Block, input_axis: int) -> bool:
+    axis = piece.axes[input_axis]
+    return axis is not None and len(piece.place[input_axis]) == block.shape[input_axis] and piece.index[axis].step == 1
+
+
+def _box(pieces: Sequence[Piece]) -> tuple[tuple[int, int], ...] | None:
+    """The box of the stored tensor that these pieces fill without gaps; None when they do not."""
+    box = tuple(
+        (min(span.start for span in spans), max(span[-1] + 1 if span else span.start for span in spans))
+        for spans in zip(*(piece.index for piece in pieces), strict=True)
+    )
+    volume = 1
+    for start, stop in box:
+        volume *= stop - start
+    filled = 0
+    for piece in pieces:
+        size = 1
+        for span in piece.index:
+            size *= len(span)
+        filled += size
+    return box if filled == volume else None
+
+
+def _is_identity(block: Block) -> bool:
+    (piece,) = block.pieces
+    return piece.index == piece.place and piece.axes == tuple(range(len(block.shape)))
+
+
+def _known(axis: int | None, name: str) -> int:
+    if axis is None:
+        raise UnsupportedModelError(f"which axis of `{name}` carries the input features cannot be told")
+    return axis
+
+
+def _input_axis(names: ModelNames, block: Block) -> int | None:
+    """The axis of a block of model parameters along which the input features lie."""
+    axes = set()
+    for piece in block.pieces:
+        inside = architecture.input_axis(names.model, piece.tensor, names.shapes[piece.tensor])
+        axes.add(piece.axes.index(inside) if inside is not None and inside in piece.axes else None)
+    return axes.pop() if len(axes) == 1 else None

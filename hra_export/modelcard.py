@@ -1,0 +1,50 @@
+"""The model card of a merged directory: where it comes from, in the front matter that the Hub understands."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hra_export.plan import MergePlan
+
+# Front matter worth keeping from the base's card; the rest describes another model.
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+
+
+def merged_card(plan: "MergePlan") -> str:
+    """README.md of the merged checkpoint: `base_model`, `base_model_relation: merge`, and a line on each adapter."""
+    from huggingface_hub import ModelCardData
+
+    base = next((adapter.base for adapter in plan.adapters if adapter.base), None) or plan.base.root.name
+    inherited = {key: value for key, value in _front_matter(plan).items() if key in INHERITED}
+    library = "diffusers" if plan.base.component or "_class_name" in plan.base.config else "transformers"
+    fields = {"library_name": library, **inherited, "tags": ["hra", "merge"], "base_model_relation": "merge"}
+    if not base.startswith(("/", ".", "~")):  # a path on somebody's disk is no model of the Hub
+        fields["base_model"] = base
+    data = ModelCardData(**fields).to_yaml(line_break="\n")
+    adapters = "\n".join(
+        f"- `{adapter.path.name if adapter.path else 'adapter'}`: rank {adapter.rank}, {len(adapter.chains)} targets"
+        f"{', Gram-Schmidt' if adapter.orthogonalize else ''}"
+        for adapter in plan.adapters
+    )
+    strength = "" if plan.strength == 1 else f"\n\nThe adapters were folded at strength {plan.strength:g}."
+    return (
+        f"---\n{data}\n---\n\n# {plan.base.root.name}, with HRA adapters merged\n\n"
+        "The Householder reflections of these adapters are folded into the weights, in this order:\n\n"
+        f"{adapters}{strength}\n\n"
+        "`hra_export_manifest.json` says what was done to each tensor, and what rounding cost. "
+        "Made with `hra-export merge`.\n"
+    )
+
+
+def _front_matter(plan: "MergePlan") -> dict[str, object]:
+    """The base card's front matter; empty when it has no card, or one that cannot be read."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    path = plan.base.root / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        data: dict[str, object] = ModelCard.load(path).data.to_dict()
+    except (ValueError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return data

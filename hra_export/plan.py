@@ -1,0 +1,465 @@
+"""Adapters × base → what every tensor of the merged checkpoint is made of. Headers only; everything is checked here.
+
+A plan fixes names, dtypes, shapes, shards and, for each tensor, the segments of rows it is put together from: base
+bytes, base rows times a chain, or an adapter's own values. Executing it (`hra_export.merge`) decides nothing more.
+
+Every adapter tensor is used exactly once, or planning fails with all the reasons at once.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Literal
+
+from torch import Tensor
+
+from hra_export import names
+from hra_export.adapter import HraAdapter
+from hra_export.checkpoint import Checkpoint
+from hra_export.errors import MismatchError, NumericalError, UnsupportedModelError
+from hra_export.layout import Layout, Region, may_have_conv1d, read_layout
+from hra_export.tensorfile import DTYPES, FLOAT_DTYPES, TensorInfo, dtype_name, tensor_bytes
+
+DtypeChoice = Literal["keep", "float32", "bfloat16", "float16"]
+STORED_DTYPES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+Action = Literal["copy", "cast", "fold", "replace", "add", "untie"]
+
+
+@dataclass(frozen=True)
+class ChainSite:
+    """One chain of one adapter: where a fold takes its reflections from."""
+
+    adapter: int
+    module: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of rows of an output tensor, seen as a matrix (n, columns).
+
+    Attributes:
+        start, stop: rows of the output.
+        source: base tensor, or values from an adapter.
+        source_start: the first row in the source.
+        chains: the chains to fold, in order; none for a plain copy.
+        transposed: the run is W stored (d, o): rows are input features, and R acts from the left.
+    """
+
+    start: int
+    stop: int
+    source: TensorInfo | Tensor
+    source_start: int
+    chains: tuple[ChainSite, ...] = ()
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the merged checkpoint."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    action: Action
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The (rows, columns) in which segments count."""
+        return matrix_shape(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the output."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file of the output."""
+
+    name: str
+    tensors: tuple[OutputTensor, ...]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything a merge will do.
+
+    Attributes:
+        config_changes: keys of `config.json` that must change for the merged tensors to be read rightly.
+        notes: what a user should know about the plan, one sentence each.
+    """
+
+    base: Checkpoint
+    adapters: tuple[HraAdapter, ...]
+    shards: tuple[Shard, ...]
+    strength: float
+    dtype: DtypeChoice
+    config_changes: Mapping[str, object]
+    notes: tuple[str, ...]
+
+    @property
+    def tensors(self) -> Iterator[OutputTensor]:
+        """Every output tensor."""
+        return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+    def count(self, action: Action) -> int:
+        """How many tensors get this action."""
+        return sum(tensor.action == action for tensor in self.tensors)
+
+    def flop(self) -> int:
+        """Multiplications and additions of all folds: 4·o·d·r for each."""
+        total = 0
+        for tensor in self.tensors:
+            for segment in tensor.segments:
+                rank = sum(self.adapters[site.adapter].rank for site in segment.chains)
+                total += 4 * rank * (segment.stop - segment.start) * tensor.matrix_shape[1]
+        return total
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A tensor as rows of a matrix: (o, rest); stacked experts (e, a, b) as (e·a, b)."""
+    if len(shape) == 3:
+        return shape[0] * shape[1], shape[2]
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def plan_merge(
+    base: Checkpoint,
+    adapters: Sequence[HraAdapter],
+    *,
+    strength: float = 1.0,
+    dtype: DtypeChoice = "keep",
+    max_shard_bytes: int | None = None,
+) -> MergePlan:
+    """Decide what every output tensor is made of.
+
+    Args:
+        base: as opened by `open_checkpoint`.
+        adapters: composed in the order given, W R_1 R_2 ….
+        strength: s in W + s (W R − W).
+        dtype: of the floating-point tensors written; `keep` takes each tensor's own.
+        max_shard_bytes: split the output anew; None keeps the base's shards.
+
+    Raises:
+        MismatchError: an adapter tensor has no place in the base, or the wrong shape; all of them.
+        NumericalError: a chain cannot be computed.
+        UnsupportedModelError: quantized base, grouped convolution, a layout that mixes input features.
+    """
+    if not adapters:
+        raise ValueError("a merge needs at least one adapter")
+    _refuse_quantized(base)
+    draft = _Draft(base, tuple(adapters))
+    for index, adapter in enumerate(adapters):
+        for module in adapter.chains:
+            draft.place_chain(index, module)
+        for name in adapter.parameters:
+            draft.place_parameter(index, name)
+    draft.raise_findings()
+    _check_chains(adapters)
+    tensors = [_with_dtype(tensor, dtype) for tensor in draft.output_tensors(strength)]
+    shards = _shards(base, tensors, max_shard_bytes)
+    changes = dict(draft.config_changes)
+    if dtype != "keep":
+        changes["dtype" if "torch_dtype" not in base.config else "torch_dtype"] = dtype
+    return MergePlan(base, tuple(adapters), shards, strength, dtype, changes, tuple(draft.notes))
+
+
+@dataclass
+class _Draft:
+    """Placements collected while the adapters are walked through; findings are kept and raised together."""
+
+    base: Checkpoint
+    adapters: tuple[HraAdapter, ...]
+    config_changes: dict[str, object] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    folds: dict[str, dict[Region, list[ChainSite]]] = field(default_factory=dict)
+    values: dict[str, list[tuple[Region | None, Tensor]]] = field(default_factory=dict)
+    untied: dict[str, TensorInfo] = field(default_factory=dict)
+    taken: dict[str, Tensor] = field(default_factory=dict)
+    _layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        self.tensors = self.base.tensors
+
+    @property
+    def layout(self) -> Layout:
+        """transformers' own view of this checkpoint; read only when a name does not match directly."""
+        if self._layout is None:
+            shapes = {name: info.shape for name, info in self.tensors.items()}
+            first = self.adapters[0]
+            self._layout = read_layout(self.base.config, shapes, task=first.task, model_class=first.model_class)
+        return self._layout
+
+    def raise_findings(self) -> None:
+        """End here if anything did not fit."""
+        if self.findings:
+            labels = ", ".join(f"`{adapter.label}`" for adapter in self.adapters)
+            raise MismatchError(
+                f"adapter {labels} does not fit base `{self.base.root}`: {len(self.findings)} tensors have no place",
+                findings=self.findings,
+                hint=f"`hra-export inspect {self.adapters[0].label}` lists the adapter's targets",
+            )
+
+    def place_chain(self, adapter: int, module: str) -> None:
+        """Find the tensors a chain folds into."""
+        vectors = self.adapters[adapter].chains[module]
+        regions = self._locate(module, names.weight_name(module))
+        if not regions:
+            self.findings.append(f"{module}: no weight of this name in the base")
+        for region in regions:
+            shape = self._shape(region)
+            problem = _chain_problem(module, region, shape, tuple(vectors.shape))
+            if problem is not None:
+                self.findings.append(problem)
+                continue
+            self.folds.setdefault(region.tensor, {}).setdefault(region, []).append(ChainSite(adapter, module))
+
+    def place_parameter(self, adapter: int, name: str) -> None:
+        """Find the tensors that a trained parameter replaces, or add it as a new one."""
+        value = self.adapters[adapter].parameters[name]
+        if name in self.taken:
+            if not self.taken[name].equal(value):
+                self.findings.append(f"{name}: two adapters carry different values for it")
+            return
+        self.taken[name] = value
+        regions = self._locate(name.rpartition(".")[0], name)
+        if not regions:
+            self._add_parameter(adapter, name, value)
+        elif len(regions) == 1 and self._resizes_vocabulary(regions[0], value):
+            self.config_changes["vocab_size"] = value.shape[0]
+            self.values[regions[0].tensor] = [(None, value)]
+        else:
+            self._replace(name, regions, value)
+
+    def output_tensors(self, strength: float) -> Iterator[OutputTensor]:
+        """Base tensors in file order, then those the adapters add."""
+        for name, info in {**self.tensors, **self.untied}.items():
+            folds = self.folds.get(name, {}) if strength != 0 else {}
+            values = self.values.get(name, [])
+            shape = info.shape
+            if values and values[0][0] is None:
+                shape = tuple(values[0][1].shape)
+            segments = _segments(info, shape, folds, values)
+            yield OutputTensor(name, info.dtype, shape, segments, self._action(name, folds, values))
+        for name, values in self.values.items():
+            if name not in self.tensors and name not in self.untied:
+                value = values[0][1]
+                rows = matrix_shape(tuple(value.shape))[0]
+                whole = (Segment(0, rows, value, 0),)
+                yield OutputTensor(name, dtype_name(value.dtype), tuple(value.shape), whole, "add")
+
+    def _action(self, name: str, folds: object, values: object) -> Action:
+        if folds:
+            return "fold"
+        if values:
+            return "replace"
+        return "untie" if name in self.untied else "copy"
+
+    def _locate(self, module: str, parameter: str) -> tuple[Region, ...]:
+        """The disk regions of a parameter: by its own name, else by transformers' mapping, else through a tie."""
+        direct = next((name for name in (parameter, module) if name in self.tensors), None)
+        if direct is not None and not self._may_be_tied(direct):
+            return (self._direct_region(module, direct),)
+        source = self.layout.tied_source(parameter) if self.base.config else None
+        if source is not None:
+            return (self._untie(parameter, source),)
+        if direct is not None:
+            return (self._direct_region(module, direct),)
+        return self.layout.regions(parameter) if self.base.config else ()
+
+    def _direct_region(self, module: str, name: str) -> Region:
+        shape = self.tensors[name].shape
+        axis = 1 if len(shape) in (2, 4) else len(shape) - 1
+        if len(shape) == 2 and may_have_conv1d(self.base.config) and self.layout.is_transposed(module):
+            axis = 0
+        return Region(name, tuple((0, size) for size in shape), axis)
+
+    def _may_be_tied(self, name: str) -> bool:
+        """Whether a tensor could share its values with another: only those with one row per token are tied."""
+        shape = self.tensors[name].shape
+        text = self.base.config.get("text_config")
+        sizes = {self.base.config.get("vocab_size"), text.get("vocab_size") if isinstance(text, dict) else None}
+        return len(shape) == 2 and shape[0] in sizes
+
+    def _untie(self, parameter: str, source: str) -> Region:
+        """Give a tied parameter a tensor of its own, and its partners theirs, so that only one of them changes."""
+        stored, info = self.layout.new_name(parameter), self.tensors[source]
+        added = {name: self.tensors[origin] for name, origin in self.layout.tied_partners(parameter).items()}
+        if stored not in self.tensors:
+            added[stored] = info
+        if not added.keys() <= self.untied.keys():
+            self.notes.append(f"`{parameter}` is tied to `{source}` in the base; the merged model unties them")
+        self.untied.update(added)
+        self.config_changes.update(self.layout.untied_config_changes())
+        return Region(stored, tuple((0, size) for size in info.shape), len(info.shape) - 1)
+
+    def _shape(self, region: Region) -> tuple[int, ...]:
+        return (self.untied.get(region.tensor) or self.tensors[region.tensor]).shape
+
+    def _resizes_vocabulary(self, region: Region, value: Tensor) -> bool:
+        shape = self._shape(region)
+        resized = tuple(value.shape) != shape and tuple(value.shape[1:]) == shape[1:]
+        return resized and shape[0] == self.base.config.get("vocab_size")
+
+    def _add_parameter(self, adapter: int, name: str, value: Tensor) -> None:
+        if not names.is_under(name, self.adapters[adapter].modules_to_save):
+            self.findings.append(f"{name}: no tensor of this name in the base")
+            return
+        self.values[name] = [(None, value)]
+        self.config_changes.update(self.layout.head_config_changes(name, tuple(value.shape)) if self.base.config else {})
+        self.notes.append(f"`{name}` is not in the base; the merged model gets it from the adapter")
+
+    def _replace(self, name: str, regions: Sequence[Region], value: Tensor) -> None:
+        for region in regions:
+            expected = tuple(stop - start for start, stop in region.index)
+            try:
+                part = region.part(value)
+            except (IndexError, ValueError, RuntimeError):
+                part = value
+            if tuple(part.shape) != expected:
+                self.findings.append(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
+                continue
+            self.values.setdefault(region.tensor, []).append((region, part))
+
+
+def _chain_problem(module: str, region: Region, shape: tuple[int, ...], u_shape: tuple[int, ...]) -> str | None:
+    """Why a chain cannot be folded into a region; None when it can."""
+    features, rank = u_shape
+    if len(shape) not in (2, 3, 4):
+        return f"{module}: its weight has shape {shape}, for which HRA defines no chain"
+    if region.input_axis is None:
+        raise UnsupportedModelError(f"`{module}`: which axis of `{region.tensor}` {shape} carries the input features")
+    expected = math.prod(shape[1:]) if len(shape) == 4 else shape[region.input_axis]
+    if len(shape) == 4 and features != expected and features % expected == 0:
+        raise UnsupportedModelError(
+            f"`{module}` is a grouped convolution (U has {features} rows, its weight {shape} has {expected} "
+            "columns), for which HRA defines no chain"
+        )
+    if features != expected:
+        return f"{module}: expected U of shape ({expected}, {rank}), got {u_shape}"
+    whole_axes = {region.input_axis, *range(1 if len(shape) != 3 else 2, len(shape))}
+    if any(region.index[axis] != (0, shape[axis]) for axis in whole_axes):
+        raise UnsupportedModelError(f"`{module}` is only part of the columns of `{region.tensor}` {shape}")
+    return None
+
+
+def _segments(
+    info: TensorInfo,
+    shape: tuple[int, ...],
+    folds: Mapping[Region, Sequence[ChainSite]],
+    values: Sequence[tuple[Region | None, Tensor]],
+) -> tuple[Segment, ...]:
+    """Cut a tensor into runs of rows, each with one source and one list of chains.
+
+    A fold over rows that an adapter also replaces (PEFT saves a targeted embedding's weight) acts on the new values.
+    """
+    rows = matrix_shape(shape)[0]
+    sources: list[tuple[int, int, TensorInfo | Tensor, int]] = []
+    for region, value in values:
+        done = 0
+        for start, stop in [(0, rows)] if region is None else _row_runs(info.shape, region):
+            sources.append((start, stop, value, done))
+            done += stop - start
+    runs = {
+        run: (tuple(sites), _is_transposed(info.shape, region))
+        for region, sites in folds.items()
+        for run in _row_runs(info.shape, region)
+    }
+    _refuse_overlap(info.name, sorted(runs))
+    cuts = {0, rows, *(edge for run in runs for edge in run), *(edge for source in sources for edge in source[:2])}
+    edges = sorted(cuts)
+    segments = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        chains, transposed = next((fold for run, fold in runs.items() if run[0] <= start < run[1]), ((), False))
+        source, source_start = next(
+            ((value, start - first + done) for first, last, value, done in sources if first <= start < last),
+            (info, start),
+        )
+        segments.append(Segment(start, stop, source, source_start, chains, transposed))
+    return tuple(segments)
+
+
+def _refuse_overlap(name: str, runs: Sequence[tuple[int, int]]) -> None:
+    for (_, stop), (start, _) in zip(runs, runs[1:], strict=False):
+        if start < stop:
+            raise MismatchError(f"two targets of the adapter claim the same rows of `{name}`")
+
+
+def _is_transposed(shape: tuple[int, ...], region: Region) -> bool:
+    return len(shape) in (2, 3) and region.input_axis != len(shape) - 1
+
+
+def _row_runs(shape: tuple[int, ...], region: Region) -> list[tuple[int, int]]:
+    """The runs of matrix rows that a region covers; a transposed region is one run for each stacked matrix."""
+    if len(shape) != 3:
+        return [region.index[0]] if shape else [(0, 1)]
+    (first, last), (start, stop), _ = region.index
+    if not _is_transposed(shape, region) and (start, stop) == (0, shape[1]):
+        return [(first * shape[1], last * shape[1])]
+    return [(i * shape[1] + start, i * shape[1] + stop) for i in range(first, last)]
+
+
+def _refuse_quantized(base: Checkpoint) -> None:
+    quantization = base.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModelError(
+            f"base `{base.root}` is quantized ({method}): folding into it would round every weight again",
+            hint="merge into the unquantized base, and quantize the result",
+        )
+
+
+def _check_chains(adapters: Sequence[HraAdapter]) -> None:
+    """Compute every chain once, so that a breakdown shows before the first byte is written."""
+    findings, hint = [], None
+    for adapter in adapters:
+        for module in adapter.chains:
+            try:
+                adapter.reflector(module)
+            except NumericalError as error:
+                findings.append(error.message)
+                hint = error.hint
+    if findings:
+        raise NumericalError(f"{len(findings)} chains cannot be computed", findings=findings, hint=hint)
+
+
+def _with_dtype(tensor: OutputTensor, dtype: DtypeChoice) -> OutputTensor:
+    if dtype == "keep" or tensor.dtype not in FLOAT_DTYPES or tensor.dtype == STORED_DTYPES[dtype]:
+        return tensor
+    action: Action = "cast" if tensor.action == "copy" else tensor.action
+    return replace(tensor, dtype=STORED_DTYPES[dtype], action=action)
+
+
+def _shards(base: Checkpoint, tensors: Sequence[OutputTensor], max_bytes: int | None) -> tuple[Shard, ...]:
+    """The base's own shards, or new ones of at most `max_bytes` filled in order; what is added goes into the last."""
+    metadata = dict(base.files[0].metadata) or {"format": "pt"}
+    if max_bytes is None:
+        owner = {name: i for i, file in enumerate(base.files) for name in file.tensors}
+        groups: list[list[OutputTensor]] = [[] for _ in base.files]
+        for tensor in tensors:
+            groups[owner.get(tensor.name, len(groups) - 1)].append(tensor)
+        return tuple(
+            Shard(file.path.name, tuple(group), metadata) for file, group in zip(base.files, groups, strict=True)
+        )
+    groups = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.size_bytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.size_bytes
+    stem = base.files[0].path.name.removesuffix(".safetensors").split("-0")[0]
+    total = len(groups)
+    shard_names = [f"{stem}.safetensors"] if total == 1 else [f"{stem}-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
+    return tuple(Shard(name, tuple(group), metadata) for name, group in zip(shard_names, groups, strict=True))

@@ -1,0 +1,20 @@
+"""Converters by name. They are strings here, loaded on use, because nothing may import `hra_export.converters` statically:
+the folder lies beside the package in the repository, and type checkers see it under another name."""
+
+from importlib import import_module
+from types import ModuleType
+
+CONVERTERS = {
+    "from_gguf": "hra_export.converters.from_gguf",
+}
+
+
+def load_converter(name: str) -> ModuleType:
+    """The module of one converter.
+
+    Raises:
+        ValueError: there is no converter of this name.
+    """
+    if name not in CONVERTERS:
+        raise ValueError(f"no converter is called {name!r}; there are: {', '.join(CONVERTERS)}")
+    return import_module(CONVERTERS[name])

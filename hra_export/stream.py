@@ -1,0 +1,343 @@
+"""Stream planned tensors into files, block by block, folding where the plan says so.
+
+The arithmetic of a merge is nothing; memory traffic is everything. Rows go through in blocks whose float32 form stays
+in the cache, `pread` in and `pwrite` out, one block for each worker thread, so memory does not grow with the model.
+Each stored element is computed in float32 (float64 where the tensor is float64) and rounded once.
+"""
+
+import contextlib
+import errno
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from hra_export import householder
+from hra_export.adapter import HraAdapter
+from hra_export.checkpoint import Checkpoint
+from hra_export.errors import NumericalError, OutputError
+from hra_export.householder import BlockReflector
+from hra_export.plan import ChainSite, OutputTensor, Segment, Shard
+from hra_export.tensorfile import DTYPES, TensorInfo, TensorLayout
+
+# Elements of a block: 4 MB of float32, which a core's share of the last-level cache holds beside its copy.
+BLOCK_ELEMENTS = 1 << 20
+# Blocks waiting for each worker: enough to keep it busy, few enough that the factors of waiting folds stay small.
+QUEUE_PER_WORKER = 4
+NO_COPY_FILE_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class TensorTally:
+    """Measured while a tensor was written: ‖ΔW‖² of the fold, and ‖stored − exact‖² of the rounding."""
+
+    delta: float = 0.0
+    rounding: float = 0.0
+
+    def __add__(self, other: "TensorTally") -> "TensorTally":
+        return TensorTally(self.delta + other.delta, self.rounding + other.rounding)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One fold, ready for blocks of rows: ΔW = −s (W · U T) Uᵀ."""
+
+    ut: Tensor  # (d, r)
+    u_t: Tensor  # (r, d)
+    gram: Tensor  # (r, r), UᵀU: turns coefficients into ‖ΔW‖
+    strength: float
+
+    @classmethod
+    def of(cls, reflector: BlockReflector, strength: float, device: torch.device, dtype: torch.dtype) -> "Fold":
+        """Multiply U T out in the reflector's own precision, then round once to `dtype`."""
+        u, t = reflector.u, reflector.t
+        ut, u_t, gram = (part.to(device, dtype) for part in (u @ t, u.T.contiguous(), u.T @ u))
+        return cls(ut, u_t, gram, strength)
+
+    def add_delta_(self, rows: Tensor, coefficients: Tensor) -> None:
+        """rows += s ΔW, given coefficients = W · U T (n, r)."""
+        rows.addmm_(coefficients, self.u_t, alpha=-self.strength)
+
+    def delta_squared(self, coefficients: Tensor) -> float:
+        """‖s ΔW‖² of a block, from its coefficients alone."""
+        return self.strength**2 * float(((coefficients @ self.gram) * coefficients).sum())
+
+
+class Streamer:
+    """Worker threads and their buffers, for the length of one merge; a context manager.
+
+    Args:
+        base: the checkpoint that planned segments refer to.
+        adapters: the adapters that planned chains refer to.
+        strength: of every fold.
+        device: where folds are computed.
+        workers: threads; None takes the cores this process may use.
+        progress: called with the bytes of each block written, from any thread.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        adapters: Sequence[HraAdapter],
+        *,
+        strength: float,
+        device: torch.device,
+        workers: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.adapters = adapters
+        self.strength = strength
+        self.device = device
+        self.progress = progress
+        self.files = {name: file.path for file in base.files for name in file.tensors}
+        self.workers = workers or available_cores()
+        self.slots = threading.BoundedSemaphore(self.workers * QUEUE_PER_WORKER)
+        self.buffers = threading.local()
+
+    def __enter__(self) -> "Streamer":
+        self.threads_before = torch.get_num_threads()
+        # One torch thread for each worker: two pools of threads on the same cores take turns instead of working.
+        self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
+        self.sources = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in set(self.files.values())}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        for descriptor in self.sources.values():
+            os.close(descriptor)
+        torch.set_num_threads(self.threads_before)  # torch keeps one setting for the whole process
+
+    def write_shard(self, shard: Shard, layout: TensorLayout, descriptor: int) -> dict[str, TensorTally]:
+        """Fill an open file of the layout's size with a shard's header and tensors.
+
+        Returns:
+            What was measured for each tensor that was not merely copied.
+
+        Raises:
+            NumericalError: a stored value is not finite although a fold or cast produced it.
+            OSError: reading or writing failed.
+        """
+        os.pwrite(descriptor, layout.header, 0)
+        running = {
+            tensor.name: [self._submit(block) for block in self._blocks(tensor, layout.tensors[tensor.name], descriptor)]
+            for tensor in shard.tensors
+        }
+        tallies = {}
+        for tensor in shard.tensors:
+            tally = sum((future.result() for future in running.pop(tensor.name)), TensorTally())
+            if not math.isfinite(tally.rounding):
+                raise _not_finite(tensor)
+            if tensor.action != "copy":
+                tallies[tensor.name] = tally
+        return tallies
+
+    def _submit(self, block: Callable[[], TensorTally]) -> "Future[TensorTally]":
+        self.slots.acquire()
+        try:
+            future = self.pool.submit(block)
+        except RuntimeError as error:  # the pool was shut down by an interrupt
+            self.slots.release()
+            raise OutputError("the merge was stopped") from error
+        future.add_done_callback(lambda _: self.slots.release())
+        return future
+
+    def _blocks(
+        self, tensor: OutputTensor, target: TensorInfo, descriptor: int
+    ) -> Iterator[Callable[[], TensorTally]]:
+        columns = max(tensor.matrix_shape[1], 1)
+        row_bytes = columns * DTYPES[tensor.dtype][0] // 8
+        rows_at_once = max(1, BLOCK_ELEMENTS // columns)
+        for segment in tensor.segments:
+            fold = self._fold(segment, tensor.dtype) if segment.chains else None
+            step = segment.stop - segment.start if segment.transposed else rows_at_once
+            for start in range(segment.start, segment.stop, max(step, 1)):
+                stop = min(start + step, segment.stop)
+                block = _Block(tensor, segment, start, stop, fold, descriptor, target.start + start * row_bytes)
+                yield lambda block=block: self._run(block)  # type: ignore[misc]  # the default binds this turn's block
+
+    def _fold(self, segment: Segment, dtype: str) -> Fold:
+        chains = [self.adapters[site.adapter].reflector(site.module) for site in segment.chains]
+        reflector = householder.compose(chains[0], *chains[1:])
+        # Stored as (d, o), W Rᵀ from the right becomes R from the left: the same blocks on the transpose.
+        return Fold.of(reflector, self.strength, self.device, _compute_dtype(segment, dtype))
+
+    def _run(self, block: "_Block") -> TensorTally:
+        if block.is_plain_copy:
+            tally = TensorTally()
+            self._copy(block)
+        else:
+            tally = self._transform(block)
+        if self.progress is not None:
+            self.progress(block.size_bytes)
+        return tally
+
+    def _copy(self, block: "_Block") -> None:
+        """Base bytes as they lie, inside the kernel where it can."""
+        assert isinstance(block.segment.source, TensorInfo)
+        source = self.sources[self.files[block.segment.source.name]]
+        offset, target, left = block.source_offset, block.offset, block.size_bytes
+        while left:
+            try:
+                done = os.copy_file_range(source, block.descriptor, left, offset, target)
+            except (AttributeError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in NO_COPY_FILE_RANGE:
+                    raise
+                done = _pwrite_all(block.descriptor, memoryview(os.pread(source, left, offset)), target)
+            if not done:
+                raise OutputError(f"`{self.files[block.segment.source.name]}` ended early: it was changed while being read")
+            offset, target, left = offset + done, target + done, left - done
+
+    def _transform(self, block: "_Block") -> TensorTally:
+        """Read, fold, round once, measure, write."""
+        dtype = _compute_dtype(block.segment, block.tensor.dtype)
+        rows = self._buffer("rows", block.shape, dtype, self.device)
+        rows.copy_(self._read(block))
+        stored = self._buffer("stored", block.shape, _torch_dtype(block.tensor.dtype), torch.device("cpu"))
+        tally = _fold_and_round_(rows, stored, block, self._buffer("spare", block.shape, dtype, self.device))
+        _pwrite_all(block.descriptor, memoryview(stored.view(-1).view(torch.uint8).numpy()), block.offset)
+        return tally
+
+    def _read(self, block: "_Block") -> Tensor:
+        source = block.segment.source
+        first = block.source_row
+        if isinstance(source, Tensor):
+            return source.reshape(-1, block.shape[1])[first : first + block.shape[0]]
+        raw = self._buffer("raw", block.shape, _torch_dtype(source.dtype), torch.device("cpu"))
+        view = memoryview(raw.view(-1).view(torch.uint8).numpy())
+        path = self.files[source.name]
+        offset, done = block.source_offset, 0
+        while done < len(view):
+            read = os.preadv(self.sources[path], [view[done:]], offset + done)
+            if not read:
+                raise OutputError(f"`{path}` ended early: it was changed while being read")
+            done += read
+        return raw
+
+    def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A worker's own scratch tensor, grown when needed and kept from block to block."""
+        key = f"{name}-{dtype}"
+        count = shape[0] * shape[1]
+        held = getattr(self.buffers, key, None)
+        if held is None or held.numel() < count:
+            held = torch.empty(max(count, 1), dtype=dtype, device=device)
+            if count <= BLOCK_ELEMENTS:
+                setattr(self.buffers, key, held)
+        result: Tensor = held[:count].view(shape)
+        return result
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows [start, stop) of one tensor, on their way to `offset` of an open file."""
+
+    tensor: OutputTensor
+    segment: Segment
+    start: int
+    stop: int
+    fold: Fold | None
+    descriptor: int
+    offset: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stop - self.start, self.tensor.matrix_shape[1]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.tensor.dtype][0] // 8
+
+    @property
+    def source_row(self) -> int:
+        return self.segment.source_start + self.start - self.segment.start
+
+    @property
+    def source_offset(self) -> int:
+        source = self.segment.source
+        assert isinstance(source, TensorInfo)
+        return source.start + self.source_row * self.shape[1] * DTYPES[source.dtype][0] // 8
+
+    @property
+    def is_plain_copy(self) -> bool:
+        source = self.segment.source
+        return self.fold is None and isinstance(source, TensorInfo) and source.dtype == self.tensor.dtype
+
+
+def available_cores() -> int:
+    """The cores this process may use."""
+    with contextlib.suppress(AttributeError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _fold_and_round_(rows: Tensor, stored: Tensor, block: _Block, spare: Tensor) -> TensorTally:
+    """Fold `rows` in place and round them into `stored`; `spare` is scratch of rows' shape and dtype."""
+    fold = block.fold
+    if fold is not None and block.segment.transposed:
+        return _fold_transposed_(rows, stored, fold)
+    if fold is None:
+        stored.copy_(rows)
+        return TensorTally(0.0, _squared_distance_(spare.copy_(stored), rows))
+    coefficients = rows @ fold.ut  # (n, r)
+    delta = fold.delta_squared(coefficients)
+    if stored.dtype != rows.dtype:
+        fold.add_delta_(rows, coefficients)
+        stored.copy_(rows)
+        return TensorTally(delta, _squared_distance_(spare.copy_(stored), rows))
+    # The sum itself is the rounding here: W − stored is exact to the last bit, and adding ΔW leaves the error.
+    spare.copy_(rows)
+    fold.add_delta_(rows, coefficients)
+    stored.copy_(rows)
+    spare.sub_(rows)
+    fold.add_delta_(spare, coefficients)
+    return TensorTally(delta, float(torch.dot(spare.view(-1), spare.view(-1))))
+
+
+def _fold_transposed_(rows: Tensor, stored: Tensor, fold: Fold) -> TensorTally:
+    """The same for a weight stored (d, o): Rᵀ from the left."""
+    weight = rows.T  # (o, d)
+    coefficients = weight @ fold.ut
+    exact = weight.double() - fold.strength * (coefficients.double() @ fold.u_t.double())
+    stored.copy_(exact.T)
+    error = float((stored.T.double() - exact).square().sum())
+    return TensorTally(fold.delta_squared(coefficients), error)
+
+
+def _squared_distance_(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖², leaving the difference in `a`."""
+    difference = a.sub_(b).view(-1)
+    return float(torch.dot(difference, difference))
+
+
+def _compute_dtype(segment: Segment, stored: str) -> torch.dtype:
+    source = segment.source.dtype
+    wide = stored == "F64" or source in ("F64", torch.float64)
+    return torch.float64 if wide else torch.float32
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, DTYPES[name][1])
+    return dtype
+
+
+def _pwrite_all(descriptor: int, view: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+    return done
+
+
+def _not_finite(tensor: OutputTensor) -> NumericalError:
+    return NumericalError(
+        f"`{tensor.name}` is not finite as {tensor.dtype}: the base holds NaN or Inf there, or a value overflows",
+        hint="write a wider dtype with `--dtype float32`, or `--dtype bfloat16` if it must be 16 bits",
+    )
