@@ -9,7 +9,9 @@ from typing import Any
 from hra_export.errors import UnsupportedModelError
 
 # Model types whose layers are transformers' Conv1D, weight stored (in, out). A test compares it with transformers.
-CONV1D_MODEL_TYPES = frozenset({"clvp", "clvp_decoder", "decision_transformer", "gpt-sw3", "gpt2", "imagegpt", "openai-gpt"})
+CONV1D_MODEL_TYPES = frozenset(
+    {"clvp", "clvp_decoder", "decision_transformer", "gpt-sw3", "gpt2", "imagegpt", "openai-gpt"}
+)
 
 # T5 divides the head's input by √d only while embeddings are tied (directly, or through `scale_decoder_outputs`, read
 # from the same flag), so clearing the flag would change the forward pass. A test compares it with transformers.
@@ -154,12 +156,12 @@ def _experts_input_axis(experts: Any, leaf: str, shape: tuple[int, ...]) -> int 
     if isinstance(flag, bool):
         return 1 if flag else 2
     sizes = (getattr(experts, "output_size", None), getattr(experts, "input_size", None))
-    if sizes[0] != sizes[1] and shape[1:] in (sizes, sizes[::-1]):
-        return 2 if shape[1:] == sizes else 1
-    shapes = [getattr(getattr(experts, part, None), "shape", ()) for part in ("gate_up_proj", "down_proj")]
-    if leaf in ("gate_up_proj", "down_proj") and all(len(each) == 3 for each in shapes):
+    if shape[1:] == sizes:
+        return 2
+    up: tuple[int, ...] = tuple(getattr(getattr(experts, "gate_up_proj", None), "shape", ()))
+    down: tuple[int, ...] = tuple(getattr(getattr(experts, "down_proj", None), "shape", ()))
+    if leaf in ("gate_up_proj", "down_proj") and len(up) == len(down) == 3:
         # Gate and up together have twice as many outputs as down has inputs.
-        (_, *up), (_, *down) = shapes
-        straight, transposed = up[0] == 2 * down[1], up[1] == 2 * down[0]
+        straight, transposed = up[1] == 2 * down[2], up[2] == 2 * down[1]
         return None if straight == transposed else 2 if straight else 1
     return None

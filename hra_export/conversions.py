@@ -183,7 +183,7 @@ def convert(converter: Any, inputs: Blocks, layer: str, model: Any) -> dict[str,
             raise UnsupportedModelError(f"`{layer}` is stored through {operation!r}, which is not supported yet")
         try:
             blocks = follow(operation, blocks, context)
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             raise CheckpointError(f"`{layer}` cannot be read through {operation!r}: {error}") from error
     full = layer.replace("*.", "0.")
     known = next((key for key in blocks if key in full), None)
@@ -263,9 +263,32 @@ def _permute_for_rope(operation: Any, blocks: Blocks, context: _Context) -> Bloc
     return made
 
 
+def _ernie_fuse(operation: Any, blocks: Blocks, context: _Context) -> Blocks:
+    """The first experts are the text model's, the others the vision model's."""
+    made: Blocks = {target: [] for target in context.targets}
+    for source in context.sources:
+        size = -(-len(blocks[source]) // len(made))
+        for i, stacks in enumerate(made.values()):
+            stacks.append(stack(blocks[source][i * size : (i + 1) * size], operation.stack_dim))
+    return {target: [concatenate(stacks, operation.concat_dim)] for target, stacks in made.items()}
+
+
+def _ernie_split(operation: Any, blocks: Blocks, context: _Context) -> Blocks:
+    made: Blocks = {target: [] for target in context.targets}
+    for source in context.sources:
+        (block,) = blocks[source]
+        size = block.shape[operation.concat_dim] // len(made)
+        for experts, part in zip(made.values(), split(block, operation.concat_dim, [size] * len(made)), strict=True):
+            singles = split(part, operation.stack_dim, [1] * part.shape[operation.stack_dim])
+            experts.extend(squeeze(single, operation.stack_dim) for single in singles)
+    return {target.replace("*", str(i)): [part] for target, parts in made.items() for i, part in enumerate(parts)}
+
+
 _OPERATIONS: Mapping[str, Callable[[Any, Blocks, _Context], Blocks]] = {
     "Chunk": _chunk,
     "Concatenate": _concatenate,
+    "ErnieFuseAndSplitTextVisionExperts": _ernie_fuse,
+    "ErnieSplitAndDecoupleTextVisionExperts": _ernie_split,
     "Interleave": _interleave,
     "MergeModulelist": _merge_list,
     "PermuteForRope": _permute_for_rope,

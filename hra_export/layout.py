@@ -10,17 +10,13 @@ alternate inside one tensor, and input columns spread over several, are refused.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hra_export import architecture
 from hra_export.architecture import CONV1D_MODEL_TYPES, SCALED_HEAD_MODEL_TYPES, load_class, may_have_conv1d
 from hra_export.conversions import ModelNames, assemble, read_names
 from hra_export.errors import UnsupportedModelError
-from hra_export.pieces import Block, Piece, substitute
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from hra_export.pieces import Block, Region, known_axis, regions_of, substitute
 
 __all__ = [
     "CONV1D_MODEL_TYPES",
@@ -33,48 +29,6 @@ __all__ = [
     "runtime_location",
     "runtime_locations",
 ]
-
-
-@dataclass(frozen=True)
-class Region:
-    """The part of one checkpoint tensor that holds a parameter, or some of it.
-
-    Attributes:
-        tensor: name on disk.
-        index: (start, stop) per axis of the tensor on disk.
-        features: the axis on disk of the input features, the first of them for a convolution; None for a vector, and
-            where it cannot be told.
-        rows: the part of the parameter's first axis that lies here; None for all of it.
-        pieces: the exact correspondence; needed where rows are permuted, axes swapped or experts stacked.
-    """
-
-    tensor: str
-    index: tuple[tuple[int, int], ...]
-    features: int | None
-    rows: tuple[int, int] | None = None
-    pieces: tuple[Piece, ...] = ()
-
-    @property
-    def input_axis(self) -> int:
-        """The axis on disk on which a chain acts.
-
-        Raises:
-            UnsupportedModelError: there is none, or it cannot be told.
-        """
-        return _known(self.features, self.tensor)
-
-    def part(self, value: "Tensor") -> "Tensor":
-        """Of a value for the whole parameter, what this region must hold, in the shape and order of the disk."""
-        if not self.pieces:
-            return value if self.rows is None else value[slice(*self.rows)]
-        if len(self.pieces) == 1:
-            return self.pieces[0].select(value)
-        part = value.new_empty([stop - start for start, stop in self.index])
-        for piece in self.pieces:
-            spans = zip(piece.index, self.index, strict=True)
-            where = tuple(slice(span.start - start, span.stop - start, span.step) for span, (start, _) in spans)
-            part[where] = piece.select(value)
-        return part
 
 
 @dataclass(frozen=True)
@@ -100,7 +54,7 @@ class Location:
         Raises:
             UnsupportedModelError: there is none, or it cannot be told.
         """
-        return _known(self.features, self.parameter)
+        return known_axis(self.features, self.parameter)
 
 
 def read_layout(
@@ -126,7 +80,8 @@ class Layout:
 
     The model is the one the adapter was trained on, or, for names it does not have, the checkpoint's own class or
     its headless form. Every question may raise UnsupportedModelError: transformers does not know the model, or
-    needs custom code for it.
+    needs custom code for it. A config without a `model_type`, as diffusers', has no names but those on disk, and every
+    answer is then the empty one.
     """
 
     def __init__(
@@ -240,8 +195,8 @@ class Layout:
             if type(model) not in [type(view.names.model) for view in self._views]:
                 self._views.append(_View(model, self._shapes))
                 yield self._views[-1]
-        if not self._views:
-            kind = self._config.get("model_type")
+        kind = self._config.get("model_type")
+        if not self._views and kind is not None:
             raise UnsupportedModelError(
                 f"transformers cannot build a model of type `{kind}`: its tensors cannot be matched with the adapter's",
                 findings=self._reasons,
@@ -271,7 +226,7 @@ class _View:
             found = self._blocks[parents[0]]  # its own shape: a vocabulary may have been resized
         else:
             found = substitute(block, self._blocks.__getitem__)
-        return _regions(parameter, found, _input_axis(self.names, block))
+        return regions_of(parameter, found, _input_axis(self.names, block))
 
     def stored_whole(self, name: str) -> str | None:
         """The disk tensor that is exactly this parameter, if there is one."""
@@ -310,7 +265,7 @@ def runtime_locations(model: Any, parameter: str) -> tuple[Location, ...]:
             region.features,
             tuple(stop - start for start, stop in region.index) == names.shapes[region.tensor],
         )
-        for region in _regions(parameter, block, _input_axis(names, block))
+        for region in regions_of(parameter, block, _input_axis(names, block))
     )
 
 
@@ -327,57 +282,9 @@ def runtime_location(model: Any, parameter: str) -> Location | None:
     return locations[0] if locations else None
 
 
-def _regions(parameter: str, block: Block, input_axis: int | None) -> tuple[Region, ...]:
-    """Pieces of one tensor that together fill a box of it become one region."""
-    regions = []
-    for tensor, group in groupby(block.pieces, key=lambda piece: piece.tensor):
-        pieces = tuple(group)
-        axes = {None if input_axis is None else piece.axes[input_axis] for piece in pieces}
-        if input_axis is not None and any(not _keeps_columns(piece, block, input_axis) for piece in pieces):
-            raise UnsupportedModelError(f"`{parameter}` has its input features rearranged or spread in `{tensor}`")
-        index = _box(pieces)
-        if index is None:
-            raise UnsupportedModelError(f"`{parameter}` alternates with other rows inside `{tensor}`")
-        rows = None
-        if block.shape:
-            covered = (min(p.place[0].start for p in pieces), max(p.place[0].stop for p in pieces))
-            rows = None if covered == (0, block.shape[0]) else covered
-        regions.append(Region(tensor, index, axes.pop(), rows, pieces))
-    return tuple(regions)
-
-
-def _keeps_columns(piece: Piece, block: Block, input_axis: int) -> bool:
-    axis = piece.axes[input_axis]
-    return axis is not None and len(piece.place[input_axis]) == block.shape[input_axis] and piece.index[axis].step == 1
-
-
-def _box(pieces: Sequence[Piece]) -> tuple[tuple[int, int], ...] | None:
-    """The box of the stored tensor that these pieces fill without gaps; None when they do not."""
-    box = tuple(
-        (min(span.start for span in spans), max(span[-1] + 1 if span else span.start for span in spans))
-        for spans in zip(*(piece.index for piece in pieces), strict=True)
-    )
-    volume = 1
-    for start, stop in box:
-        volume *= stop - start
-    filled = 0
-    for piece in pieces:
-        size = 1
-        for span in piece.index:
-            size *= len(span)
-        filled += size
-    return box if filled == volume else None
-
-
 def _is_identity(block: Block) -> bool:
     (piece,) = block.pieces
     return piece.index == piece.place and piece.axes == tuple(range(len(block.shape)))
-
-
-def _known(axis: int | None, name: str) -> int:
-    if axis is None:
-        raise UnsupportedModelError(f"which axis of `{name}` carries the input features cannot be told")
-    return axis
 
 
 def _input_axis(names: ModelNames, block: Block) -> int | None:

@@ -6,7 +6,7 @@ Arrays in, a report out. The metric that matters is the adapter's effect, ‖(ca
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ Array = NDArray[np.floating]
 
 # Two float32 runs of one model differ by this share of their outputs when only the order of sums changes.
 NOISE = 1e-6
+# Rounding moves outputs about as much, relative to the adapter's effect, as it changes ΔW; layers that weigh their
+# targets unevenly raise that by a small factor.
+EFFECT_PER_ROUNDING = 4.0
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,14 @@ TOLERANCES: dict[str, Tolerance] = {
     "float16": Tolerance(
         0.05,
         1e-4,
-        "one rounding of 2⁻¹² for each folded weight; an adapter that turns weights by 1 % keeps its effect to 2 %",
+        "one rounding of 2⁻¹² for each folded weight: an adapter whose effect is off by more than this is better kept "
+        "in float32; where the merge measured what rounding cost, four times that",
     ),
     "bfloat16": Tolerance(
         0.25,
         1e-3,
-        "one rounding of 2⁻⁹ for each folded weight; an adapter that turns weights by 1 % keeps its effect to 20 %, and "
-        "one whose effect is lost further than that is better kept in float32",
+        "one rounding of 2⁻⁹ for each folded weight: an adapter whose effect is off by more than this is better kept "
+        "in float32; where the merge measured what rounding cost, four times that",
     ),
 }
 
@@ -84,6 +88,7 @@ class ParityReport:
     """The verdict: `ok` only when something was compared and every finding list is empty."""
 
     dtype: str
+    tolerance: Tolerance
     outputs: tuple[OutputParity, ...]
     findings: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -103,7 +108,7 @@ class ParityReport:
         return {
             "ok": self.ok,
             "dtype": self.dtype,
-            "tolerance": asdict(TOLERANCES[self.dtype]),
+            "tolerance": asdict(self.tolerance),
             "effect_error": self.effect_error,
             "findings": list(self.findings),
             "notes": list(self.notes),
@@ -140,18 +145,38 @@ def compare(name: str, reference: Array, candidate: Array, base: Array, *, logit
         )
 
 
+def tolerance_for(dtype: str, rounding_loss: float | None = None) -> Tolerance:
+    """The row of `TOLERANCES` for a dtype, tightened to what rounding is known to have cost.
+
+    Args:
+        dtype: that was promised.
+        rounding_loss: relative error of ΔW through rounding, as the merge measured it; None when nobody did.
+    """
+    row = TOLERANCES[dtype]
+    if rounding_loss is None or dtype in ("float32", "float64"):
+        return row
+    measured = max(EFFECT_PER_ROUNDING * rounding_loss, TOLERANCES["float32"].effect)
+    return replace(row, effect=min(row.effect, measured))
+
+
 def judge(
-    outputs: Sequence[OutputParity], dtype: str, *, findings: Sequence[str] = (), notes: Sequence[str] = ()
+    outputs: Sequence[OutputParity],
+    dtype: str,
+    *,
+    rounding_loss: float | None = None,
+    findings: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> ParityReport:
     """Hold measured outputs against the tolerance of a storage dtype.
 
     Args:
         outputs: from `compare`; none at all is a failure.
         dtype: key of `TOLERANCES`, the dtype that was promised.
+        rounding_loss: as for `tolerance_for`.
         findings: failures found elsewhere, kept.
         notes: remarks that fail nothing.
     """
-    tolerance = TOLERANCES[dtype]
+    tolerance = tolerance_for(dtype, rounding_loss)
     found = list(findings)
     if not outputs:
         found.append("nothing was compared")
@@ -171,7 +196,7 @@ def judge(
             )
         if output.kl is not None and output.kl > tolerance.kl:
             found.append(f"{output.name}: KL divergence {output.kl:.1e} nats, allowed {tolerance.kl:.0e}")
-    return ParityReport(dtype, tuple(outputs), tuple(found), tuple(notes))
+    return ParityReport(dtype, tolerance, tuple(outputs), tuple(found), tuple(notes))
 
 
 def _norm(array: Array) -> float:

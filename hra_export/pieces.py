@@ -1,12 +1,17 @@
 """Where the parts of a tensor come from: shapes and names only, no values.
 
 A `Block` is a tensor put together from `Piece`s of stored tensors. Slicing, stacking, concatenating and transposing a
-block only rewrites its pieces, so transformers' weight conversions can be followed on headers alone.
+block only rewrites its pieces, so transformers' weight conversions can be followed on headers alone. In the end the
+pieces of each stored tensor are gathered into a `Region`, which is what a merge works on.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from math import prod
 from typing import TYPE_CHECKING
+
+from hra_export.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +50,48 @@ class Block:
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of one checkpoint tensor that holds a parameter, or some of it.
+
+    Attributes:
+        tensor: name on disk.
+        index: (start, stop) per axis of the tensor on disk.
+        features: the axis on disk of the input features, the first of them for a convolution; None for a vector, and
+            where it cannot be told.
+        rows: the part of the parameter's first axis that lies here; None for all of it.
+        pieces: the exact correspondence; needed where rows are permuted, axes swapped or experts stacked.
+    """
+
+    tensor: str
+    index: tuple[tuple[int, int], ...]
+    features: int | None
+    rows: tuple[int, int] | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def input_axis(self) -> int:
+        """The axis on disk on which a chain acts.
+
+        Raises:
+            UnsupportedModelError: there is none, or it cannot be told.
+        """
+        return known_axis(self.features, self.tensor)
+
+    def part(self, value: "Tensor") -> "Tensor":
+        """Of a value for the whole parameter, what this region must hold, in the shape and order of the disk."""
+        if not self.pieces:
+            return value if self.rows is None else value[slice(*self.rows)]
+        if len(self.pieces) == 1:
+            return self.pieces[0].select(value)
+        part = value.new_empty([stop - start for start, stop in self.index])
+        for piece in self.pieces:
+            spans = zip(piece.index, self.index, strict=True)
+            where = tuple(slice(span.start - start, span.stop - start, span.step) for span, (start, _) in spans)
+            part[where] = piece.select(value)
+        return part
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Block:
@@ -166,3 +213,57 @@ def substitute(block: Block, origin: Callable[[str], Block]) -> Block:
                 axes.append(None if axis_behind is None else inner.axes[axis_behind])
             pieces.append(Piece(inner.tensor, inner.index, tuple(place), tuple(axes)))
     return Block(block.shape, tuple(pieces))
+
+
+def regions_of(parameter: str, block: Block, input_axis: int | None) -> tuple[Region, ...]:
+    """Gather the pieces of each stored tensor into one region, the box of it that they fill.
+
+    Args:
+        parameter: its name, for messages.
+        block: what it is put together from.
+        input_axis: the axis of the block that carries the input features, if any.
+
+    Raises:
+        UnsupportedModelError: input features are rearranged, or the pieces leave gaps for another layer.
+    """
+    regions = []
+    for tensor, group in groupby(block.pieces, key=lambda piece: piece.tensor):
+        pieces = tuple(group)
+        axes = {None if input_axis is None else piece.axes[input_axis] for piece in pieces}
+        if input_axis is not None and any(not _keeps_columns(piece, block, input_axis) for piece in pieces):
+            raise UnsupportedModelError(f"`{parameter}` has its input features rearranged or spread in `{tensor}`")
+        index = _box(pieces)
+        if index is None:
+            raise UnsupportedModelError(f"`{parameter}` alternates with other rows inside `{tensor}`")
+        rows = None
+        if block.shape:
+            covered = (min(p.place[0].start for p in pieces), max(p.place[0].stop for p in pieces))
+            rows = None if covered == (0, block.shape[0]) else covered
+        regions.append(Region(tensor, index, axes.pop(), rows, pieces))
+    return tuple(regions)
+
+
+def _keeps_columns(piece: Piece, block: Block, input_axis: int) -> bool:
+    axis = piece.axes[input_axis]
+    return axis is not None and len(piece.place[input_axis]) == block.shape[input_axis] and piece.index[axis].step == 1
+
+
+def _box(pieces: Sequence[Piece]) -> tuple[tuple[int, int], ...] | None:
+    """The box of the stored tensor that these pieces fill without gaps; None when they do not."""
+    box = tuple(
+        (min(span.start for span in spans), max(span[-1] + 1 if span else span.start for span in spans))
+        for spans in zip(*(piece.index for piece in pieces), strict=True)
+    )
+    filled = sum(prod(len(span) for span in piece.index) for piece in pieces)
+    return box if filled == prod(stop - start for start, stop in box) else None
+
+
+def known_axis(axis: int | None, name: str) -> int:
+    """Insist on an axis.
+
+    Raises:
+        UnsupportedModelError: there is none, or it cannot be told.
+    """
+    if axis is None:
+        raise UnsupportedModelError(f"which axis of `{name}` carries the input features cannot be told")
+    return axis

@@ -104,7 +104,8 @@ class Stage:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _new_file(path, size_bytes) as fd:
                 yield fd
-            self._journal.add(name, size_bytes, note())
+                text = note()
+            self._journal.add(name, size_bytes, text)
             with self._lock:
                 self._files[name] = size_bytes
         logger.debug("%s: %d bytes", name, size_bytes)

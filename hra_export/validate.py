@@ -6,7 +6,6 @@ three times: base, reference (base with live layers), candidate.
 Limits: inputs are seeded random tokens or pixels, which reach every layer but say nothing about quality.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from hra_export.checkpoint import MANIFEST_NAME, Checkpoint, open_checkpoint
 from hra_export.errors import CheckpointError, UnsupportedModelError
 from hra_export.layer import attach
 from hra_export.parity import OutputParity, ParityReport
-from hra_export.tensorfile import DTYPES, FLOAT_DTYPES
+from hra_export.tensorfile import DTYPES, FLOAT_DTYPES, strict_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,8 @@ NEW_TOKENS = 16
 SEED = 20240517
 # The outputs of a forward pass that are compared, and whether they are scores.
 COMPARED = {"logits": True, "last_hidden_state": False, "pooler_output": False, "sample": False}
+
+HALF_DTYPES = ("float16", "bfloat16")
 
 Say = Callable[[str], None]
 Outputs = dict[str, Tensor]
@@ -71,7 +72,8 @@ def validate_merged(
     """
     tell = say or (lambda text: None)
     original, written = open_checkpoint(base), open_checkpoint(candidate)
-    promised = dtype or _promised_dtype(original, written)
+    manifest = _manifest(written)
+    promised = dtype or _promised_dtype(original, manifest)
     findings = _dtype_findings(written, promised)
     model_class = _model_class(written)
     tell("reference: base with live HRA layers")
@@ -91,16 +93,26 @@ def validate_merged(
         for probe in probes
         for output in _compare(probe.name, reference[probe.name], probe.run(model), start[probe.name])
     ]
-    return parity.judge(outputs, promised, findings=findings, notes=_greedy_notes(tokens, _greedy(model)))
+    loss = manifest.get("totals", {}).get("rounding_loss")
+    notes = _greedy_notes(tokens, _greedy(model))
+    if loss and promised in HALF_DTYPES:
+        notes.append(f"rounding to {promised} cost {loss:.2%} of ΔW; `merge --dtype float32` costs nothing")
+    return parity.judge(outputs, promised, rounding_loss=loss, findings=findings, notes=notes)
 
 
-def _promised_dtype(base: Checkpoint, candidate: Checkpoint) -> str:
+def _manifest(candidate: Checkpoint) -> dict[str, Any]:
+    """What `merge` said about the candidate; empty when it came from elsewhere."""
+    path = candidate.root / MANIFEST_NAME
+    if not path.is_file():
+        return {}
+    parsed = strict_json(path, path.read_bytes())
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _promised_dtype(base: Checkpoint, manifest: Mapping[str, Any]) -> str:
     """What the manifest promises, else the base's own dtype: that of most of its bytes."""
-    manifest = candidate.root / MANIFEST_NAME
-    if manifest.is_file():
-        chosen = json.loads(manifest.read_bytes()).get("dtype")
-        if chosen in parity.TOLERANCES:
-            return str(chosen)
+    if manifest.get("dtype") in parity.TOLERANCES:
+        return str(manifest["dtype"])
     sizes: dict[str, int] = {}
     for info in base.tensors.values():
         if info.dtype in FLOAT_DTYPES:

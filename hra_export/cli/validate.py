@@ -35,11 +35,20 @@ def command(adapters: tuple[str, ...], base: str | None, candidate: Path, dtype:
     from hra_export.cli.sources import resolve_adapter, resolve_base
     from hra_export.validate import validate_merged
 
+    _hide_loading_bars()
     read = [resolve_adapter(name) for name in adapters]
     directory = resolve_base(base, read, console)
     report = validate_merged(read, directory, candidate, dtype=dtype, say=console.say)
     console.result(_text(report), {"verb": "validate", **report.to_json()})
     return 0 if report.ok else PARITY_FAILED
+
+
+def _hide_loading_bars() -> None:
+    """transformers draws a bar for each model it loads, terminal or not."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _text(report: "ParityReport") -> str:
@@ -54,6 +63,7 @@ def _text(report: "ParityReport") -> str:
         table(rows, right=range(1, 7)),
         *report.notes,
         *(f"finding: {finding}" for finding in report.findings),
-        f"{verdict}: {report.dtype} weights, adapter's effect off by at most {report.effect_error:.2e}",
+        f"{verdict}: {report.dtype} weights, the adapter's effect is off by at most {report.effect_error:.2e} "
+        f"(allowed {report.tolerance.effect:.2g})",
     ]
     return "\n".join(lines)
