@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hra_export import names, tensorfile
-from hra_export.errors import AdapterError, FormatError, NumericalError
+from hra_export.errors import AdapterError, FormatError, NumericalError, OutputError
 from hra_export.householder import BlockReflector, compact_wy
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class HraAdapter:
         base: `base_model_name_or_path`, if the config has one.
         task: PEFT's `task_type`, if any.
         model_class: the class that was adapted, from PEFT's `auto_mapping`, if any.
+        model_library: the module that has this class, from the same place; kept for PEFT, never imported.
         path: the directory it came from, if any.
         digest: SHA-256 over config and weights, hex; empty when it was not read from a file.
     """
@@ -55,6 +56,7 @@ class HraAdapter:
     base: str | None = None
     task: str | None = None
     model_class: str | None = None
+    model_library: str | None = None
     path: Path | None = None
     digest: str = ""
 
@@ -81,6 +83,7 @@ def read_adapter(directory: Path) -> HraAdapter:
     Raises:
         AdapterError: not an adapter, not HRA, malformed, or config and tensors disagree; all findings at once.
         NumericalError: a reflection vector is zero or not finite; all of them named.
+        OutputError: the file system does not let us read it.
     """
     try:
         config_bytes = _read_config_bytes(directory)
@@ -89,7 +92,7 @@ def read_adapter(directory: Path) -> HraAdapter:
     except FormatError as error:
         raise AdapterError(error.message, findings=error.findings, hint=error.hint) from error
     except OSError as error:
-        raise AdapterError(f"cannot read adapter `{directory}`: {error}") from error
+        raise OutputError(f"cannot read adapter `{directory}`: {error}") from error
     chains, parameters = _read_tensors(directory, weights, config)
     digest = hashlib.sha256(config_bytes)
     with weights.path.open("rb") as stream:
@@ -104,6 +107,7 @@ def read_adapter(directory: Path) -> HraAdapter:
         base=config.base,
         task=config.task,
         model_class=config.model_class,
+        model_library=config.model_library,
         path=directory,
         digest=digest.hexdigest(),
     )
@@ -126,7 +130,7 @@ def write_adapter(adapter: HraAdapter, directory: Path) -> None:
         ((key, tensorfile.dtype_name(value.dtype), tuple(value.shape)) for key, value in ordered.items()),
         {"format": "pt"},
     )
-    body = b"".join(ordered[key].view(torch.uint8).numpy().tobytes() for key in layout.tensors)
+    body = b"".join(ordered[key].reshape(-1).view(torch.uint8).numpy().tobytes() for key in layout.tensors)
     _write_whole(directory / WEIGHTS_NAME, layout.header + body)
     _write_whole(directory / CONFIG_NAME, (json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n").encode())
 
@@ -142,6 +146,7 @@ class _HraConfig:
     base: str | None
     task: str | None
     model_class: str | None
+    model_library: str | None
 
     @classmethod
     def parse(cls, directory: Path, config: object) -> "_HraConfig":
@@ -156,6 +161,7 @@ class _HraConfig:
             )
         saved, bias = config.get("modules_to_save"), config.get("bias", "none")
         auto_mapping = config.get("auto_mapping")
+        mapping = auto_mapping if isinstance(auto_mapping, dict) else {}
         rank, orthogonalize = config.get("r"), config.get("apply_GS", False)
         findings = []
         if type(rank) is not int or rank < 1:
@@ -175,7 +181,8 @@ class _HraConfig:
             modules_to_save=tuple(saved or ()),
             base=_text(config.get("base_model_name_or_path")),
             task=_text(config.get("task_type")),
-            model_class=_text(auto_mapping.get("base_model_class")) if isinstance(auto_mapping, dict) else None,
+            model_class=_text(mapping.get("base_model_class")),
+            model_library=_text(mapping.get("parent_library")),
         )
 
 
@@ -219,6 +226,8 @@ def _read_tensors(
             findings.append(f"{key}: not a tensor of an HRA adapter")
         elif info.dtype not in tensorfile.FLOAT_DTYPES:
             findings.append(f"{key}: expected floats, got {info.dtype}")
+        elif parsed.kind == "parameter" and parsed.path in parameters:
+            findings.append(f"{key}: a second value for {parsed.path}")
         elif parsed.kind == "parameter":
             parameters[parsed.path] = weights.map(key)
         elif len(info.shape) != 2 or info.shape[1] != config.rank or info.shape[0] < config.rank:
@@ -242,7 +251,7 @@ def _read_tensors(
 
 def _unusable_vectors(key: str, vectors: Tensor) -> list[str]:
     """One line for each column that is zero, NaN or infinite; empty for usable vectors."""
-    largest = vectors.float().abs().amax(dim=0)
+    largest = vectors.abs().amax(dim=0)
     return [
         f"{key}, vector {i}: {'zero' if value == 0 else 'NaN or infinite'}"
         for i, value in enumerate(largest.tolist())
@@ -252,10 +261,10 @@ def _unusable_vectors(key: str, vectors: Tensor) -> list[str]:
 
 def _peft_config(adapter: HraAdapter) -> dict[str, object]:
     """The fields that PEFT 0.21 writes, so that any PEFT since 0.12 reads them."""
-    mapping = {"base_model_class": adapter.model_class} if adapter.model_class else None
+    mapping = {"base_model_class": adapter.model_class, "parent_library": adapter.model_library}
     return {
         "apply_GS": adapter.orthogonalize,
-        "auto_mapping": mapping,
+        "auto_mapping": mapping if all(mapping.values()) else None,
         "base_model_name_or_path": adapter.base,
         "bias": adapter.bias,
         "exclude_modules": None,

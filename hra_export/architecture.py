@@ -111,9 +111,14 @@ def build_on_meta(cls: Any, config: Mapping[str, object]) -> Any:
 
 def may_have_conv1d(config: Mapping[str, object]) -> bool:
     """Whether any part of a model could store weights (in, out); read from the config alone."""
-    if config.get("model_type") in CONV1D_MODEL_TYPES:
-        return True
-    return any(may_have_conv1d(value) for value in config.values() if isinstance(value, Mapping))
+    pending = [config]  # a loop: the config may be nested deeper than calls can be
+    while pending:
+        part = pending.pop()
+        kind = part.get("model_type")
+        if isinstance(kind, str) and kind in CONV1D_MODEL_TYPES:
+            return True
+        pending.extend(value for value in part.values() if isinstance(value, Mapping))
+    return False
 
 
 def is_conv1d(module: object) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from hra_export.errors import CheckpointError, FormatError
+from hra_export.errors import CheckpointError, FormatError, OutputError
 from hra_export.tensorfile import TensorFile, TensorInfo, read_header, strict_json
 
 MANIFEST_NAME = "hra_export_manifest.json"
@@ -113,6 +113,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: no weights in safetensors, a damaged or hostile header or index, shards missing; all findings.
+        OutputError: the file system does not let us read them.
     """
     if not root.is_dir():
         raise CheckpointError(
@@ -121,12 +122,12 @@ def open_checkpoint(root: Path) -> Checkpoint:
     component = _component(root)
     directory = root / component
     try:
-        config = _read_json_object(directory / "config.json") if (directory / "config.json").is_file() else {}
+        config = _read_config(directory / "config.json")
         files, index_name = _open_files(directory)
     except FormatError as error:
         raise CheckpointError(error.message, findings=error.findings, hint=error.hint) from error
     except OSError as error:
-        raise CheckpointError(f"cannot read base `{root}`: {error}") from error
+        raise OutputError(f"cannot read base `{root}`: {error}") from error
     return Checkpoint(root, component, files, index_name, config)
 
 
@@ -191,6 +192,14 @@ def _cross_check(index_path: Path, weight_map: Mapping[str, object], files: tupl
     findings.extend(f"{name}: in the index, and in no shard" for name in weight_map if name not in seen)
     if findings:
         raise CheckpointError(f"`{index_path}` and its shards disagree", findings=findings)
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    config = _read_json_object(path) if path.is_file() else {}
+    kind = config.get("model_type")
+    if not isinstance(kind, str | None):
+        raise FormatError(f"`{path}`: `model_type`: expected a string, got {kind!r}")
+    return config
 
 
 def _read_json_object(path: Path) -> dict[str, object]:

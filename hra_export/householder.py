@@ -89,7 +89,8 @@ def unit_columns(vectors: Tensor, *, dtype: torch.dtype = torch.float64) -> Tens
     """
     if vectors.ndim != 2 or not 1 <= vectors.shape[1] <= vectors.shape[0]:
         raise ValueError(f"expected reflection vectors of shape (d, r) with 1 <= r <= d, got {tuple(vectors.shape)}")
-    columns = vectors.detach().to(dtype)
+    # Wide enough for both: float64 vectors of 1e-200 are not zero, whatever the result's dtype.
+    columns = vectors.detach().to(torch.promote_types(vectors.dtype, dtype))
     largest = columns.abs().amax(dim=0)  # (r,)
     for i, value in enumerate(largest.tolist()):
         if value == 0:
@@ -98,7 +99,7 @@ def unit_columns(vectors: Tensor, *, dtype: torch.dtype = torch.float64) -> Tens
             raise NumericalError(f"reflection vector {i} is not finite")
     # Scaled by the largest entry first: the squares of 1e-200 or 1e200 leave float64's range, and 1e-30 float32's.
     scaled = columns / largest
-    return scaled / torch.linalg.vector_norm(scaled, dim=0)
+    return (scaled / torch.linalg.vector_norm(scaled, dim=0)).to(dtype)
 
 
 def gram_schmidt(units: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ The chain's U stays float32. For half-precision activations U is cast first and 
 from the uncast one, R leaves orthogonality by 2e-2 in bfloat16.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from hra_export.adapter import HraAdapter
 from hra_export.errors import MismatchError, UnsupportedModelError
 from hra_export.householder import BlockReflector
 from hra_export.layout import runtime_location
+from hra_export.names import is_under
 
 
 class Chain(nn.Module):
@@ -98,8 +99,9 @@ class ReflectedConv2d(ReflectedLayer):
         if not self.enabled:
             return y
         weight = self.base_layer.weight
-        rows = weight.reshape(weight.shape[0], -1).to(torch.float32)
-        chains = [chain.reflector(torch.float32, weight.device) for chain in self.chains]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        rows = weight.reshape(weight.shape[0], -1).to(wide)
+        chains = [chain.reflector(wide, weight.device) for chain in self.chains]
         b, a = householder.low_rank_factors(rows, householder.compose(chains[0], *chains[1:]))
         kernels = a.reshape(-1, *weight.shape[1:]).to(x.dtype)  # (r, in, kh, kw)
         # torch's own helper applies stride, padding, padding mode and dilation as the base convolution does.
@@ -138,9 +140,10 @@ class RotatedRegion(nn.Module):
         self.calls += 1
         if not self.enabled:
             return weight
-        rows = weight[self.index].movedim(self.input_axis, -1).to(torch.float32)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        rows = weight[self.index].movedim(self.input_axis, -1).to(wide)
         for chain in self.chains:
-            rows = householder.rotate_rows(rows, chain.reflector(torch.float32, weight.device))
+            rows = householder.rotate_rows(rows, chain.reflector(wide, weight.device))
         rotated = weight.clone()
         rotated[self.index] = rows.movedim(-1, self.input_axis).to(weight.dtype)
         return rotated
@@ -170,11 +173,12 @@ class Attachment:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model, inside the block."""
+        before = all(layer.enabled for layer in self.layers.values())  # blocks may be nested
         self._set_enabled(False)
         try:
             yield
         finally:
-            self._set_enabled(True)
+            self._set_enabled(before)
 
     def detach(self) -> None:
         """Take the layers out again and restore biases and saved modules."""
@@ -204,6 +208,7 @@ def attach(model: nn.Module, *adapters: HraAdapter) -> Attachment:
 
     Raises:
         MismatchError: targets or parameters that the model does not have, or whose shapes disagree; all of them.
+            The first axis of a saved module or of a matrix may differ: labels and vocabularies are resized.
         UnsupportedModelError: a grouped convolution, or a layer kind that no chain is defined for.
     """
     chains: dict[str, list[Chain]] = {}
@@ -211,8 +216,11 @@ def attach(model: nn.Module, *adapters: HraAdapter) -> Attachment:
         for path, vectors in adapter.chains.items():
             chains.setdefault(path, []).append(Chain(vectors, orthogonalize=adapter.orthogonalize))
     parameters = {name: value for adapter in adapters for name, value in adapter.parameters.items()}
+    saved = {name for adapter in adapters for name in parameters if is_under(name, adapter.modules_to_save)}
     sites = {path: _find_site(model, path) for path in chains}
-    _check_fit(model, chains, sites, parameters)
+    findings = [*_chain_findings(model, chains, sites), *_parameter_findings(model, parameters, saved)]
+    if findings:
+        raise MismatchError(f"the adapter does not fit this {type(model).__name__}", findings=findings)
     trained = {name: _as_parameter(model, name, value) for name, value in parameters.items()}
     replaced = {name: model.get_parameter(name) for name in parameters}
     _install_parameters(model, trained)
@@ -247,24 +255,34 @@ def _find_site(model: nn.Module, path: str) -> "str | _Stacked | None":
     return _Stacked(module, leaf, location.index, location.input_axis)
 
 
-def _check_fit(
-    model: nn.Module,
-    chains: Mapping[str, list[Chain]],
-    sites: "Mapping[str, str | _Stacked | None]",
-    parameters: Mapping[str, Tensor],
-) -> None:
-    findings = []
+def _chain_findings(
+    model: nn.Module, chains: Mapping[str, list[Chain]], sites: "Mapping[str, str | _Stacked | None]"
+) -> Iterator[str]:
     for path, site in sites.items():
         if site is None:
-            findings.append(f"{path}: the model has no module of this name")
-        elif isinstance(site, str):
+            yield f"{path}: the model has no module of this name"
+            continue
+        if isinstance(site, str):
             features = _features(path, model.get_submodule(site))
-            wrong = [chain for chain in chains[path] if features not in (None, chain.hra_u.shape[0])]
-            findings.extend(f"{path}: expected U of shape ({features}, r), got {tuple(c.hra_u.shape)}" for c in wrong)
+        else:
+            region = getattr(model.get_submodule(site.module), site.parameter)[site.index]
+            features = int(region.shape[site.input_axis])
+        for chain in chains[path]:
+            if features not in (None, chain.hra_u.shape[0]):
+                yield f"{path}: expected U of shape ({features}, r), got {tuple(chain.hra_u.shape)}"
+
+
+def _parameter_findings(model: nn.Module, parameters: Mapping[str, Tensor], saved: Collection[str]) -> Iterator[str]:
     known = dict(model.named_parameters(remove_duplicate=False))
-    findings.extend(f"{name}: the model has no parameter of this name" for name in parameters if name not in known)
-    if findings:
-        raise MismatchError(f"the adapter does not fit this {type(model).__name__}", findings=findings)
+    for name, value in parameters.items():
+        if name not in known:
+            yield f"{name}: the model has no parameter of this name"
+            continue
+        shape, got = tuple(known[name].shape), tuple(value.shape)
+        # A saved head may have another number of labels, a saved embedding a longer vocabulary; nothing else may differ.
+        resizable = len(shape) == len(got) > 0 and (name in saved or len(shape) > 1)
+        if shape != got and not (resizable and shape[1:] == got[1:]):
+            yield f"{name}: expected shape {shape}, got {got}"
 
 
 def _features(path: str, module: nn.Module) -> int | None:
@@ -280,7 +298,7 @@ def _features(path: str, module: nn.Module) -> int | None:
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # transformers' GPT-2 layer, (in, out)
         return weight.shape[0]
-    if isinstance(module, nn.Conv1d | nn.Conv3d | nn.ConvTranspose2d) or weight is None:
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise UnsupportedModelError(f"`{path}` is a {type(module).__name__}, for which HRA defines no chain")
     return None
 
@@ -305,18 +323,16 @@ def _install_chain(model: nn.Module, site: "str | _Stacked", chains: list[Chain]
 def _differentiable_reflector(vectors: Tensor, dtype: torch.dtype, orthogonalize: bool) -> BlockReflector:
     """Like `compact_wy`, in autograd's reach: no checks, and T from the cast U."""
     if orthogonalize:
-        q = torch.linalg.qr(vectors).Q
-        return BlockReflector(q.to(dtype), 2 * torch.eye(q.shape[1], dtype=vectors.dtype, device=vectors.device))
-    u = (vectors / torch.linalg.vector_norm(vectors, dim=0)).to(dtype)
-    return BlockReflector(u, _solve_t(u.to(vectors.dtype)))
+        u = torch.linalg.qr(vectors).Q.to(dtype)
+    else:
+        u = (vectors / torch.linalg.vector_norm(vectors, dim=0)).to(dtype)
+    return BlockReflector(u, _solve_t(u.to(vectors.dtype)).to(torch.promote_types(dtype, torch.float32)))
 
 
 def _rounded(exact: BlockReflector, dtype: torch.dtype, device: torch.device) -> BlockReflector:
     """U cast to the activations' dtype; T from the cast U, so that R stays orthogonal."""
     u = exact.u.to(device, dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    orthonormal = torch.equal(exact.t, 2 * torch.eye(exact.rank, dtype=exact.t.dtype, device=exact.t.device))
-    return BlockReflector(u, exact.t.to(device, wide) if orthonormal else _solve_t(u.double()).to(wide))
+    return BlockReflector(u, _solve_t(u.double()).to(torch.promote_types(dtype, torch.float32)))
 
 
 def _solve_t(u: Tensor) -> Tensor:

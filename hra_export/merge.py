@@ -12,6 +12,7 @@ import torch
 
 from hra_export import modelcard, publish
 from hra_export.checkpoint import MANIFEST_NAME
+from hra_export.filesystem import as_output_error
 from hra_export.plan import MergePlan, Shard
 from hra_export.stream import Progress, Streamer, TensorTally
 from hra_export.tensorfile import TensorLayout, lay_out
@@ -129,7 +130,8 @@ def merge_checkpoint(
         NumericalError: a folded or cast tensor is not finite; nothing is published.
     """
     layouts = {shard.name: _lay_out(shard) for shard in plan.shards}
-    fingerprint = plan.base.fingerprint()
+    with as_output_error(f"read base `{plan.base.root}`"):
+        fingerprint = plan.base.fingerprint()
     companions = _companions(plan)
     size = sum(layout.size_bytes for layout in layouts.values()) + sum(p.stat().st_size for p in companions.values())
     protected = [plan.base.root, *(adapter.path for adapter in plan.adapters if adapter.path is not None)]
@@ -217,7 +219,7 @@ def _companions(plan: MergePlan) -> dict[str, Path]:
 
 def _generated_files(plan: MergePlan) -> dict[str, bytes]:
     """The files that are not copied: the shard index, a configuration that must change, the model card."""
-    files = {"README.md": modelcard.merged_card(plan).encode()}
+    files = {"README.md": modelcard.merged_card(plan).encode(errors="replace")}
     folder = PurePosixPath(plan.base.component)
     if plan.config_changes:
         config = {**plan.base.config, **plan.config_changes}
@@ -278,4 +280,4 @@ def _manifest(plan: MergePlan, report: MergeReport, fingerprint: str, version: s
             for tensor in report.tensors
         },
     }
-    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(errors="replace")

@@ -27,6 +27,8 @@ def parse_adapter_key(key: str, modules_to_save: Collection[str] = ()) -> Adapte
     if not key.startswith(PEFT_PREFIX):
         return None
     path = key.removeprefix(PEFT_PREFIX)
+    if "" in path.split("."):
+        return None
     if path.endswith(CHAIN_SUFFIX):
         return AdapterKey("chain", path.removesuffix(CHAIN_SUFFIX))
     name = path.replace(".base_layer.", ".")

@@ -156,6 +156,8 @@ def plan_merge(
     """
     if not adapters:
         raise ValueError("a merge needs at least one adapter")
+    if not math.isfinite(strength):
+        raise ValueError(f"strength: expected a finite number, got {strength}")
     _refuse_quantized(base)
     draft = _Draft(base, tuple(adapters))
     for index, adapter in enumerate(adapters):
@@ -268,14 +270,13 @@ class _Draft:
     def _locate(self, module: str, parameter: str) -> tuple[Region, ...]:
         """The disk regions of a parameter: by its own name, else by transformers' mapping, else through a tie."""
         direct = next((name for name in (parameter, module) if name in self.tensors), None)
-        if direct is not None and not self._may_be_tied(direct):
+        if direct is not None and not self._may_be_tied(direct) and not self._is_stacked(direct):
             return (self._direct_region(module, direct),)
         source = self.layout.tied_source(parameter) if self.base.config else None
         if source is not None:
             return (self._untie(parameter, source),)
-        if direct is not None:
-            return (self._direct_region(module, direct),)
-        return self.layout.regions(parameter) if self.base.config else ()
+        known = self.layout.regions(parameter) if self.base.config and (direct is None or self._is_stacked(direct)) else ()
+        return known or (() if direct is None else (self._direct_region(module, direct),))
 
     def _direct_region(self, module: str, name: str) -> Region:
         shape = self.tensors[name].shape
@@ -288,8 +289,12 @@ class _Draft:
         """Whether a tensor could share its values with another: only those with one row per token are tied."""
         shape = self.tensors[name].shape
         text = self.base.config.get("text_config")
-        sizes = {self.base.config.get("vocab_size"), text.get("vocab_size") if isinstance(text, dict) else None}
+        sizes = (self.base.config.get("vocab_size"), text.get("vocab_size") if isinstance(text, dict) else None)
         return len(shape) == 2 and shape[0] in sizes
+
+    def _is_stacked(self, name: str) -> bool:
+        """Whether a tensor holds several matrices, experts for example, whose orientation only the model tells."""
+        return len(self.tensors[name].shape) == 3
 
     def _untie(self, parameter: str, source: str) -> Region:
         """Give a tied parameter a tensor of its own, and its partners theirs, so that only one of them changes."""
@@ -315,7 +320,8 @@ class _Draft:
         if not names.is_under(name, self.adapters[adapter].modules_to_save):
             self.findings.append(f"{name}: no tensor of this name in the base")
             return
-        self.values[name] = [(None, value)]
+        stored = self.layout.new_name(name) if self.base.config else name
+        self.values[stored] = [(None, value)]
         self.config_changes.update(self.layout.head_config_changes(name, tuple(value.shape)) if self.base.config else {})
         self.notes.append(f"`{name}` is not in the base; the merged model gets it from the adapter")
 
@@ -329,6 +335,7 @@ class _Draft:
             if tuple(part.shape) != expected:
                 self.findings.append(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
                 continue
+            _require_whole_rows(name, region, self._shape(region))
             self.values.setdefault(region.tensor, []).append((region, part))
 
 
@@ -337,8 +344,6 @@ def _chain_problem(module: str, region: Region, shape: tuple[int, ...], u_shape:
     features, rank = u_shape
     if len(shape) not in (2, 3, 4):
         return f"{module}: its weight has shape {shape}, for which HRA defines no chain"
-    if region.input_axis is None:
-        raise UnsupportedModelError(f"`{module}`: which axis of `{region.tensor}` {shape} carries the input features")
     expected = math.prod(shape[1:]) if len(shape) == 4 else shape[region.input_axis]
     if len(shape) == 4 and features != expected and features % expected == 0:
         raise UnsupportedModelError(
@@ -347,10 +352,15 @@ def _chain_problem(module: str, region: Region, shape: tuple[int, ...], u_shape:
         )
     if features != expected:
         return f"{module}: expected U of shape ({expected}, {rank}), got {u_shape}"
-    whole_axes = {region.input_axis, *range(1 if len(shape) != 3 else 2, len(shape))}
-    if any(region.index[axis] != (0, shape[axis]) for axis in whole_axes):
-        raise UnsupportedModelError(f"`{module}` is only part of the columns of `{region.tensor}` {shape}")
+    _require_whole_rows(module, region, shape)
     return None
+
+
+def _require_whole_rows(name: str, region: Region, shape: tuple[int, ...]) -> None:
+    """Segments are rows: a region that is a part of the columns has no place in a plan."""
+    columns = set(range(2 if len(shape) == 3 else 1, len(shape)))
+    if any(region.index[axis] != (0, shape[axis]) for axis in columns):
+        raise UnsupportedModelError(f"`{name}` is only some of the columns of `{region.tensor}` {shape}")
 
 
 def _segments(
@@ -396,7 +406,7 @@ def _refuse_overlap(name: str, runs: Sequence[tuple[int, int]]) -> None:
 
 
 def _is_transposed(shape: tuple[int, ...], region: Region) -> bool:
-    return len(shape) in (2, 3) and region.input_axis != len(shape) - 1
+    return len(shape) in (2, 3) and region.features not in (None, len(shape) - 1)
 
 
 def _row_runs(shape: tuple[int, ...], region: Region) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import errno
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,6 +22,7 @@ from hra_export import householder
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint
 from hra_export.errors import NumericalError, OutputError
+from hra_export.filesystem import as_output_error
 from hra_export.householder import BlockReflector
 from hra_export.plan import ChainSite, OutputTensor, Segment, Shard
 from hra_export.tensorfile import DTYPES, TensorInfo, TensorLayout
@@ -104,6 +105,8 @@ class Streamer:
 
     def __enter__(self) -> "Streamer":
         self.threads_before = torch.get_num_threads()
+        # From here on, for the threads to come: a factorization's last bits depend on how many threads share it.
+        torch.set_num_threads(1)
         # One torch thread for each worker: two pools of threads on the same cores take turns instead of working.
         self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
         self.sources = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in set(self.files.values())}
@@ -127,14 +130,23 @@ class Streamer:
             NumericalError: a stored value is not finite although a fold or cast produced it.
             OSError: reading or writing failed.
         """
-        os.pwrite(descriptor, layout.header, 0)
-        running = {
-            tensor.name: [self._submit(block) for block in self._blocks(tensor, layout.tensors[tensor.name], descriptor)]
-            for tensor in shard.tensors
-        }
+        _pwrite_all(descriptor, memoryview(layout.header), 0)
+        running: dict[str, list[Future[TensorTally]]] = {tensor.name: [] for tensor in shard.tensors}
+        try:
+            for tensor in shard.tensors:
+                for block in self._blocks(tensor, layout.tensors[tensor.name], descriptor):
+                    running[tensor.name].append(self._submit(block))
+            return self._collect(shard, running)
+        finally:
+            # The caller closes the file next, and its number may then be that of any other file.
+            for future in (future for futures in running.values() for future in futures):
+                if not future.cancel():
+                    future.exception()
+
+    def _collect(self, shard: Shard, running: "Mapping[str, list[Future[TensorTally]]]") -> dict[str, TensorTally]:
         tallies = {}
         for tensor in shard.tensors:
-            tally = sum((future.result() for future in running.pop(tensor.name)), TensorTally())
+            tally = sum((future.result() for future in running[tensor.name]), TensorTally())
             if not math.isfinite(tally.rounding):
                 raise _not_finite(tensor)
             if tensor.action != "copy":
@@ -217,7 +229,8 @@ class Streamer:
         path = self.files[source.name]
         offset, done = block.source_offset, 0
         while done < len(view):
-            read = os.preadv(self.sources[path], [view[done:]], offset + done)
+            with as_output_error(f"read `{path}`"):
+                read = os.preadv(self.sources[path], [view[done:]], offset + done)
             if not read:
                 raise OutputError(f"`{path}` ended early: it was changed while being read")
             done += read

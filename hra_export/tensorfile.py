@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,14 +26,18 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
+MAX_ELEMENTS = 2**63
 
-# Bits per element, and the name of the torch dtype; the format's full list.
+# Bits per element, and the name of the torch dtype: the format's list without F4, F6_E2M3 and F6_E3M2, whose elements
+# do not fill a byte.
 DTYPES: dict[str, tuple[int, str]] = {
     "BOOL": (8, "bool"),
     "U8": (8, "uint8"),
     "I8": (8, "int8"),
     "F8_E4M3": (8, "float8_e4m3fn"),
     "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
     "F8_E8M0": (8, "float8_e8m0fnu"),
     "I16": (16, "int16"),
     "U16": (16, "uint16"),
@@ -174,25 +179,27 @@ def dtype_name(dtype: "torch.dtype") -> str:
 
 
 def strict_json(path: Path, text: bytes) -> object:
-    """Parse JSON that repeats no key and holds no NaN or Infinity.
+    """Parse JSON that repeats no key and holds no NaN, Infinity or half of a surrogate pair.
 
     Raises:
-        FormatError: malformed, nested too deep, duplicate key, or a number JSON does not have.
+        FormatError: malformed, nested too deep, duplicate key, or a number or character JSON does not have.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            raise FormatError(f"`{path}` repeats the JSON key `{repeated[0]}`")
+            repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise FormatError(f"`{path}` repeats the JSON key `{repeated}`")
         return found
 
     def refuse(constant: str) -> NoReturn:
         raise FormatError(f"`{path}` holds {constant}, which is not JSON")
 
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        parsed: object = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        if b"\\u" in text:
+            json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair is no text, and could not be written
+        return parsed
     except (ValueError, RecursionError) as error:
         raise FormatError(f"`{path}` is not valid JSON: {error}") from error
 
@@ -228,7 +235,7 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FormatError(f"`{path}`: tensor `{name}` has the unknown dtype {dtype!r}")
-    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _is_shape(shape) or not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FormatError(f"`{path}`: tensor `{name}` has the impossible shape {shape!r} or offsets {offsets!r}")
     expected, got = tensor_bytes(dtype, tuple(shape)), offsets[1] - offsets[0]
     if expected != got:
@@ -238,6 +245,18 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
 
 def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _is_shape(value: object) -> bool:
+    """Whether these are sizes whose product fits torch's int64, zeros counted as ones; stops at the first that does not."""
+    if not isinstance(value, list) or not _is_sizes(value):
+        return False
+    elements = 1
+    for size in value:
+        elements *= size or 1
+        if elements >= MAX_ELEMENTS:
+            return False
+    return True
 
 
 def _check_contiguous(path: Path, infos: list[TensorInfo], data_start: int, file_size: int) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hra_export import architecture, parity
+from hra_export import parity
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import MANIFEST_NAME, Checkpoint, open_checkpoint
 from hra_export.errors import CheckpointError, UnsupportedModelError
 from hra_export.layer import attach
+from hra_export.layout import load_class
 from hra_export.parity import OutputParity, ParityReport
 from hra_export.tensorfile import DTYPES, FLOAT_DTYPES, strict_json
 
@@ -75,7 +76,7 @@ def validate_merged(
     manifest = _manifest(written)
     promised = dtype or _promised_dtype(original, manifest)
     findings = _dtype_findings(written, promised)
-    model_class = _model_class(written)
+    model_class = load_class(written.config)
     tell("reference: base with live HRA layers")
     model = _load(model_class, original)
     probes = list(_probes(model, written))
@@ -129,21 +130,6 @@ def _dtype_findings(candidate: Checkpoint, promised: str) -> list[str]:
         for name, info in candidate.tensors.items()
         if info.dtype in FLOAT_DTYPES and len(info.shape) > 1 and DTYPES[info.dtype][0] < bits[promised]
     ]
-
-
-def _model_class(checkpoint: Checkpoint) -> Any:
-    """The class a checkpoint says it is; its own library loads it."""
-    name = checkpoint.config.get("_class_name")
-    if name is None:
-        names = architecture.class_names(checkpoint.config, None, None)
-        return architecture.find_class(names[0])
-    try:
-        import diffusers
-    except ImportError as error:
-        raise UnsupportedModelError(f"a {name} is loaded by diffusers", hint="pip install diffusers") from error
-    if not hasattr(diffusers, str(name)):
-        raise UnsupportedModelError(f"diffusers {diffusers.__version__} has no `{name}`")
-    return getattr(diffusers, str(name))
 
 
 def _load(model_class: Any, checkpoint: Checkpoint) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import open_checkpoint
 from hra_export.errors import MismatchError, UnsupportedModelError
+from hra_export.layer import attach
 from hra_export.merge import MergeReport, merge_checkpoint
 from hra_export.plan import plan_merge
 
@@ -166,6 +167,33 @@ def test_chains_of_single_experts_reach_their_rows_of_a_stacked_tensor(tmp_path:
     down[0] = down[0] @ explicit_chain(adapter.chains[f"{OLD_EXPERTS}.0.w2"])
     for name, value in expected.items():
         torch.testing.assert_close(after[name].double(), value, atol=ATOL_FP32, rtol=0)
+
+
+@torch.no_grad()
+def test_transposed_experts_are_folded_on_their_own_axis_and_live_layers_agree(tmp_path: Path) -> None:
+    """gpt-oss keeps experts (E, in, out), also on disk; square sizes do not tell the axes apart."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    config = GptOssConfig(**sizes, **experts, num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention"])
+    model = GptOssForCausalLM(config).eval()
+    with torch.no_grad():  # the released initialization leaves the experts' weights empty
+        for value in model.parameters():
+            value.copy_(0.2 * torch.randn_like(value))
+    before = save_model(model, tmp_path / "base")
+    adapter = HraAdapter({f"{EXPERTS}.{name}": torch.randn(32, RANK) for name in ("gate_up_proj", "down_proj")}, rank=RANK)
+    after, _ = merge(tmp_path / "base", tmp_path / "merged", adapter)
+    for name, vectors in adapter.chains.items():
+        exact = explicit_chain(vectors).T @ before[name].double()
+        torch.testing.assert_close(after[name].double(), exact, atol=ATOL_FP32, rtol=0)
+    tokens = torch.arange(10)[None]
+    start = model(tokens).logits
+    attach(model, adapter)
+    live = model(tokens).logits
+    merged = GptOssForCausalLM.from_pretrained(tmp_path / "merged").eval()(tokens).logits
+    assert float((live - start).norm() / start.norm()) > 0.05
+    torch.testing.assert_close(merged, live, atol=1e-4, rtol=1e-4)
 
 
 def test_bias_and_saved_modules_replace_the_base(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from types import FrameType
 import click
 
 from hra_export import __version__
-from hra_export.cli.console import print_error
+from hra_export.cli.console import make_streams_safe, print_error, print_json_error
 from hra_export.errors import HraExportError
 
 # verb: (module, one line of help). Listing them imports none.
@@ -56,11 +56,15 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
+    make_streams_safe()
     arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
     try:
         code = cli.main(args=arguments, prog_name="hra-export", standalone_mode=False)
     except click.ClickException as error:
         error.show()
+        if as_json:
+            print_json_error(type(error).__name__, error.exit_code, error.format_message())
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; the output path is as it was", err=True)
@@ -68,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     except HraExportError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        print_error(error, as_json="--json" in arguments)
+        print_error(error, as_json=as_json)
         code = error.exit_code
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -1,7 +1,9 @@
 """What the command line prints: results to stdout, everything else to stderr."""
 
+import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from hra_export.errors import HraExportError
 
 SCHEMA_VERSION = 1
 UNITS = ("B", "kB", "MB", "GB", "TB")
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # all but the newline
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,18 @@ class Console:
     def say(self, text: str) -> None:
         """A line of progress on stderr; none when quiet."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
     def warn(self, text: str) -> None:
         """A line the user should act on, on stderr, quiet or not."""
-        click.echo(f"{click.style('warning:', bold=True)} {text}", err=True)
+        click.echo(f"{click.style('warning:', bold=True)} {printable(text)}", err=True)
 
     def result(self, text: str, data: dict[str, object]) -> None:
         """The result on stdout: a text for people, or one JSON object."""
-        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **data}, ensure_ascii=False) if self.as_json else text)
+        if self.as_json:
+            _print_json(data)
+        else:
+            click.echo(printable(text))
 
     @contextmanager
     def bytes_bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -54,11 +60,34 @@ def make_console(*, as_json: bool, quiet: bool, verbose: int) -> Console:
 
 def print_error(error: HraExportError, *, as_json: bool) -> None:
     """An error on stderr, and as one object on stdout when JSON was asked for."""
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(str(error))}", err=True)
     if as_json:
-        body = {"kind": type(error).__name__, "exit_code": error.exit_code, "message": error.message}
-        details = {"findings": list(error.findings), "hint": error.hint}
-        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "error": {**body, **details}}, ensure_ascii=False))
+        print_json_error(type(error).__name__, error.exit_code, error.message, error.findings, error.hint)
+
+
+def print_json_error(
+    kind: str, exit_code: int, message: str, findings: Sequence[str] = (), hint: str | None = None
+) -> None:
+    """An error as one object on stdout."""
+    details = {"message": message, "findings": list(findings), "hint": hint}
+    _print_json({"error": {"kind": kind, "exit_code": exit_code, **details}})
+
+
+def _print_json(data: dict[str, object]) -> None:
+    """One line of ASCII: paths may hold bytes that are no text, which JSON can only escape."""
+    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **data}))
+
+
+def make_streams_safe() -> None:
+    """Escape what a stream cannot encode, a Greek letter in Latin-1: a merge that is on disk must not end as a crash."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """Escape control characters: a tensor name from a file must not drive the user's terminal."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def size_text(size_bytes: float) -> str:

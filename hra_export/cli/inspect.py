@@ -9,7 +9,8 @@ from hra_export.cli import options
 from hra_export.cli.console import Console, size_text, table
 
 if TYPE_CHECKING:
-    from hra_export.inspection import AdapterReport, Effect, TargetReport
+    from hra_export.effect import Effect
+    from hra_export.inspection import AdapterReport, TargetReport
 
 LOSS_HEADINGS = {"bfloat16": "bf16 loses", "float16": "fp16 loses", "float32": "fp32 loses"}
 

@@ -1,5 +1,6 @@
 """`hra-export merge`."""
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,12 @@ class ByteSize(click.ParamType[int]):
         return size
 
 
+def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"expected a finite number, got {value}", ctx, param)
+    return value
+
+
 @click.command("merge")
 @options.adapters
 @options.base
@@ -46,7 +53,9 @@ class ByteSize(click.ParamType[int]):
     show_default=True,
     help="Storage dtype of floating-point tensors.",
 )
-@click.option("--strength", type=float, default=1.0, show_default=True, help="T in W + T (W R - W).")
+@click.option(
+    "--strength", type=float, default=1.0, show_default=True, callback=_finite, help="T in W + T (W R - W)."
+)
 @click.option("--max-shard-size", type=ByteSize(), help="Split anew, e.g. 5GB.  [default: the base's shards]")
 @options.device
 @options.dry_run
@@ -79,6 +88,7 @@ def command(
     from hra_export.plan import plan_merge
 
     started = time.perf_counter()
+    chosen = resolve_device(device)
     read = [resolve_adapter(name) for name in adapters]
     checkpoint = open_checkpoint(resolve_base(base, read, console))
     protected = [checkpoint.root, *(adapter.path for adapter in read if adapter.path)]
@@ -91,7 +101,7 @@ def command(
         console.say(f"note: {note}")
     with console.bytes_bar("merge", plan.size_bytes) as progress:
         report = merge_checkpoint(
-            plan, output, version=__version__, overwrite=overwrite, device=resolve_device(device), progress=progress
+            plan, output, version=__version__, overwrite=overwrite, device=chosen, progress=progress
         )
     for warning in report.warnings():
         console.warn(warning)

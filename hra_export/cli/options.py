@@ -1,5 +1,6 @@
 """Options that several verbs share, each defined once."""
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -12,6 +13,22 @@ from hra_export.cli.console import make_console
 P = ParamSpec("P")
 R = TypeVar("R")
 
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
+
+
+class DeviceWord(click.ParamType[str]):
+    """A word that can name a device; whether it is there is seen later, and no matter of usage."""
+
+    name = "device"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The word as it is."""
+        word = str(value)
+        if DEVICE.fullmatch(word) is None:
+            self.fail(f"expected auto, cpu, cuda or cuda:N, got {word!r}", param, ctx)
+        return word
+
+
 adapters = click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 adapter = click.argument("adapter", metavar="ADAPTER")
 base = click.option(
@@ -21,7 +38,7 @@ output = click.option("-o", "--output", type=click.Path(path_type=Path), require
 overwrite = click.option("--overwrite", is_flag=True, help="Replace an output that hra-export wrote.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan, from headers only, and write nothing.")
 device = click.option(
-    "--device", metavar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+    "--device", type=DeviceWord(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
 
 

@@ -23,8 +23,8 @@ def resolve_adapter(name: str) -> HraAdapter:
     Raises:
         AdapterError: there is none.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    path = _existing(name)
+    if path is not None:
         return read_adapter(path)
     if not HUB_ID.fullmatch(name):
         raise AdapterError(f"adapter `{name}` does not exist")
@@ -40,14 +40,21 @@ def resolve_base(name: str | None, adapters: list[HraAdapter], console: Console)
     chosen = name or next((adapter.base for adapter in adapters if adapter.base), None)
     if chosen is None:
         raise CheckpointError("the adapter names no base", hint="pass it with `--base`")
-    path = Path(chosen).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return _dequantize(path, console)
-    if path.exists():
-        return path
+    path = _existing(chosen)
+    if path is not None:
+        return _dequantize(path, console) if path.is_file() and path.suffix == ".gguf" else path
     if not HUB_ID.fullmatch(chosen):
         raise CheckpointError(f"base `{chosen}` does not exist", hint="pass another with `--base`" if not name else None)
     return _download(chosen, BASE_PATTERNS, what="base")
+
+
+def _existing(name: str) -> Path | None:
+    """What a name leads to on this machine, if anything: `~nobody/x` and names too long for any file system do not."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):
+        return None
 
 
 def _dequantize(path: Path, console: Console) -> Path:

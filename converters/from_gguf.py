@@ -1,0 +1,447 @@
+"""GGUF → a transformers directory: safetensors, configuration, tokenizer. What the file holds, nothing rounded.
+
+Quantized blocks become the float32 values that they stand for; F32, F16 and BF16 tensors keep their dtype (vectors are
+float32, as llama.cpp writes them). Names, row orders and the configuration are transformers' own reading of the file,
+one tensor in memory at a time, where its loader holds all of them.
+
+Limits: the architectures whose tensors transformers maps by `modeling_gguf_pytorch_utils`; no split files, no
+big-endian ones. llama.cpp keeps long-context RoPE factors in a tensor that transformers does not read: the report
+names it.
+
+Source: GGUF format, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hra_export import architecture, filesystem, publish
+from hra_export.checkpoint import MANIFEST_NAME
+from hra_export.errors import CheckpointError, FormatError, UnsupportedModelError
+from hra_export.tensorfile import DTYPES, TensorLayout, lay_out, tensor_bytes
+
+MAGIC = b"GGUF"
+# Part of every cache name: raised when the same file would become another directory.
+CONVERSION = 1
+MAX_SHARD_BYTES = 5 * 10**9
+SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+PLAIN_TYPES = ("F32", "F16", "BF16")
+# Tensors without trained values: RoPE frequencies, which transformers computes from the configuration.
+ROPE_TENSORS = re.compile(r"(.*\.)?rope_(freqs|factors_long|factors_short)\.weight")
+# What loading leaves in a configuration: paths and options of this run.
+LOADING_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "is_local", "local_files_only")
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion wrote.
+
+    Attributes:
+        tensors: how many.
+        dequantized: how many of them were blocks in the source.
+        left_out: source tensors that are not part of the output, RoPE frequencies only.
+    """
+
+    source: Path
+    output: Path
+    tensors: int
+    dequantized: int
+    left_out: tuple[str, ...]
+    size_bytes: int
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about it, one sentence each."""
+        notes = [
+            f"{self.dequantized} of {self.tensors} tensors were quantized; they are now the float32 they stand for"
+        ]
+        if self.left_out:
+            names = ", ".join(f"`{name}`" for name in self.left_out)
+            notes.append(
+                f"{names} is left out, as in transformers: long contexts may behave otherwise than in llama.cpp"
+            )
+        return tuple(notes)
+
+
+def convert(
+    source: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> ConvertReport:
+    """Write a GGUF file as a transformers directory.
+
+    The output path is absent, the old directory, or complete at every instant.
+
+    Args:
+        source: a `.gguf` file.
+        output: directory to be made.
+        overwrite: replace an earlier output of ours.
+        max_shard_bytes: of one weight file.
+        progress: called with the bytes of each tensor written.
+
+    Raises:
+        FormatError: not a GGUF file, or damaged.
+        CheckpointError: the file lacks tensors, or its metadata makes no model.
+        UnsupportedModelError: architecture, split file or tensor type that cannot be read; or `gguf` is not installed.
+        OutputError: the output exists, the disk is full or cannot be written.
+    """
+    reader = _open(source)
+    kind = _architecture(source, reader)
+    config, companions = _describe(source, kind)
+    plan = _plan(source, reader, kind, config)
+    companions |= _model_files(plan)
+    layouts = {name: _lay_out(parameters) for name, parameters in plan.shards(max_shard_bytes).items()}
+    if len(layouts) > 1:
+        companions["model.safetensors.index.json"] = _index(layouts)
+    return _write(plan, layouts, companions, output, overwrite=overwrite, progress=progress)
+
+
+def cache_name(source: Path) -> str:
+    """A folder name for a converted file: another one whenever the file is moved, resized or touched.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    resolved = source.resolve(strict=True)
+    status = resolved.stat()
+    described = f"{CONVERSION}\0{resolved}\0{status.st_size}\0{status.st_mtime_ns}"
+    return f"{resolved.stem}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """One parameter of the model, and the tensors of the file that it is made of."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything a conversion will do; `parameters` in the order in which the file completes them."""
+
+    source: Path
+    model: Any
+    config: Mapping[str, object]
+    processor: Any
+    mapping: Mapping[str, str]
+    parameters: tuple[_Parameter, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def dequantized(self) -> int:
+        return sum(any(_type(each) not in PLAIN_TYPES for each in parameter.sources) for parameter in self.parameters)
+
+    def shards(self, max_bytes: int) -> dict[str, list[_Parameter]]:
+        groups: list[list[_Parameter]] = [[]]
+        size = 0
+        for parameter in self.parameters:
+            bytes_ = tensor_bytes(parameter.dtype, parameter.shape)
+            if groups[-1] and size + bytes_ > max_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(parameter)
+            size += bytes_
+        if len(groups) == 1:
+            return {"model.safetensors": groups[0]}
+        return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _open(source: Path) -> Any:
+    """A GGUFReader: the file mapped, its header parsed."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"`{source}` is a GGUF file, and the package that reads those is not installed",
+            hint="pip install 'hra-export[gguf]'",
+        ) from error
+    with filesystem.open_regular(source):
+        pass
+    with source.open("rb") as stream:
+        magic = stream.read(len(MAGIC))
+    if magic != MAGIC:
+        raise FormatError(f"`{source}` is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}")
+    try:
+        return GGUFReader(source)
+    except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise FormatError(
+            f"`{source}` is truncated or damaged: {error}", hint="fetch it again, and compare its size or digest"
+        ) from error
+
+
+def _architecture(source: Path, reader: Any) -> str:
+    """`general.architecture`, if it and the file's form can be read."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    if SPLIT_NAME.search(source.name) or _metadata(source, reader, "split.count") not in (None, 1):
+        raise UnsupportedModelError(
+            f"`{source}` is one part of a split GGUF file",
+            hint="join the parts with llama.cpp's `llama-gguf-split --merge`",
+        )
+    if reader.byte_order != "I":
+        raise UnsupportedModelError(f"`{source}` was written for machines of the other byte order")
+    kind = _metadata(source, reader, "general.architecture")
+    if not isinstance(kind, str):
+        raise FormatError(f"`{source}` names no architecture in `general.architecture`")
+    if _plain(kind).removesuffix("encoder") not in map(_plain, GGUF_SUPPORTED_ARCHITECTURES):
+        raise UnsupportedModelError(
+            f"`{source}` holds a `{kind}` model, whose tensors transformers cannot map",
+            hint="use the model's own safetensors as base",
+        )
+    return kind
+
+
+def _metadata(source: Path, reader: Any, key: str) -> object:
+    field = reader.get_field(key)
+    try:
+        return field.contents() if field is not None else None
+    except (ValueError, LookupError) as error:
+        raise FormatError(f"`{source}`: `{key}` cannot be read: {error}") from error
+
+
+def _plain(name: str) -> str:
+    """transformers spells llama.cpp's `qwen2moe` and `gpt-oss` as `qwen2_moe` and `gpt_oss`."""
+    return re.sub("[-_]", "", name)
+
+
+def _describe(source: Path, kind: str) -> tuple[dict[str, object], dict[str, bytes]]:
+    """The configuration, and the tokenizer's files, as transformers reads them from the metadata."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    # A folder with nothing but the file: what lies beside it must not be taken for its tokenizer.
+    with TemporaryDirectory(prefix="hra-export-") as folder:
+        Path(folder, "model.gguf").symlink_to(source.resolve())
+        options = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
+        # Metadata that makes no sense fails anywhere in transformers, with any exception.
+        try:
+            config = AutoConfig.from_pretrained(folder, **options).to_diff_dict()
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        except Exception as error:
+            raise CheckpointError(
+                f"transformers cannot read the metadata of `{source}` ({kind}): {type(error).__name__}: {error}"
+            ) from error
+        saved = Path(folder, "tokenizer")
+        tokenizer.save_pretrained(saved)
+        files = {path.name: path.read_bytes() for path in sorted(saved.iterdir())}
+    settings = json.loads(files["tokenizer_config.json"])
+    files["tokenizer_config.json"] = _json({key: settings[key] for key in settings if key not in LOADING_KEYS})
+    return {key: value for key, value in config.items() if key not in LOADING_KEYS}, files
+
+
+def _plan(source: Path, reader: Any, kind: str, config: dict[str, object]) -> _Plan:
+    """Match the file's tensors with the model's parameters; every one must have its place."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(reader.tensors):
+        raise CheckpointError(f"`{source}` claims {layers} layers and holds {len(reader.tensors)} tensors")
+    try:
+        model = architecture.build_on_meta(_model_class(config), config)
+        processor_class: Any = TENSOR_PROCESSORS.get(kind, TensorProcessor)
+        processor = processor_class(config=config)
+        mapping = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"`{source}`: {error}".splitlines()[0]) from error
+    except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"`{source}`: its metadata makes no {kind} model: {error}") from error
+    sources, left_out = _group(reader.tensors, mapping)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    _check_complete(source, model, sources, left_out)
+    parameters = tuple(_Parameter(name, _dtype(parts), shapes[name], tuple(parts)) for name, parts in sources.items())
+    _check_sizes(source, parameters)
+    return _Plan(source, model, config, processor, mapping, parameters, left_out)
+
+
+def _model_class(config: Mapping[str, object]) -> Any:
+    """The class that the file was written from: a causal language model, or an encoder and decoder."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        return architecture.find_class(str(architectures[0]))
+    kind = str(config.get("model_type"))
+    is_seq2seq = kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return transformers.AutoModelForSeq2SeqLM if is_seq2seq else transformers.AutoModelForCausalLM
+
+
+def _group(tensors: Sequence[Any], mapping: Mapping[str, str]) -> tuple[dict[str, list[Any]], tuple[str, ...]]:
+    """Parameter → its tensors, in the order of their completion; and the tensors that belong to none."""
+    found: dict[str, list[Any]] = {}
+    left_out = []
+    for tensor in tensors:
+        name = _target(tensor.name, mapping)
+        if name is None:
+            left_out.append(tensor.name)
+        else:
+            found[name] = [*found.pop(name, []), tensor]
+    return found, tuple(left_out)
+
+
+def _target(name: str, mapping: Mapping[str, str]) -> str | None:
+    """The parameter of a tensor; stacked experts are mapped without the `.weight` that the file gives them."""
+    return mapping.get(name) or mapping.get(name.removesuffix(".weight"))
+
+
+def _check_complete(source: Path, model: Any, found: Mapping[str, object], left_out: Sequence[str]) -> None:
+    unknown = [name for name in left_out if not ROPE_TENSORS.fullmatch(name)]
+    unknown += [name for name in found if name not in model.state_dict()]
+    if unknown:
+        raise UnsupportedModelError(
+            f"`{source}` holds {len(unknown)} tensors that transformers' {type(model).__name__} has no place for",
+            findings=[f"{name}: not part of this model" for name in unknown],
+            hint="use the model's own safetensors as base",
+        )
+    tied = architecture.ties(model)
+    missing = [name for name, _ in model.named_parameters() if name not in found and tied.get(name) not in found]
+    if missing:
+        raise CheckpointError(
+            f"`{source}` lacks {len(missing)} parameters of its {type(model).__name__}",
+            findings=[f"{name}: no tensor for it" for name in missing],
+        )
+
+
+def _check_sizes(source: Path, parameters: Sequence[_Parameter]) -> None:
+    findings = []
+    for parameter in parameters:
+        got = [tuple(int(size) for size in reversed(tensor.shape)) for tensor in parameter.sources]
+        if sum(map(math.prod, got)) != math.prod(parameter.shape):
+            findings.append(f"{parameter.name}: expected shape {parameter.shape}, got {', '.join(map(str, got))}")
+    if findings:
+        raise CheckpointError(f"`{source}`: {len(findings)} tensors disagree with its metadata", findings=findings)
+
+
+def _dtype(sources: Sequence[Any]) -> str:
+    kinds = {_type(tensor) for tensor in sources}
+    is_half = len(kinds) == 1 and kinds <= {"F16", "BF16"} and all(len(tensor.shape) > 1 for tensor in sources)
+    return kinds.pop() if is_half else "F32"
+
+
+def _type(tensor: Any) -> str:
+    return str(tensor.tensor_type.name)
+
+
+def _write(
+    plan: _Plan,
+    layouts: Mapping[str, TensorLayout],
+    companions: Mapping[str, bytes],
+    output: Path,
+    *,
+    overwrite: bool,
+    progress: Callable[[int], None] | None,
+) -> ConvertReport:
+    size = sum(layout.size_bytes for layout in layouts.values()) + sum(map(len, companions.values()))
+    key = f"{cache_name(plan.source)} {list(layouts)}"
+    with publish.stage(output, key=key, size_bytes=size, overwrite=overwrite, protected=[plan.source]) as stage:
+        for name, layout in layouts.items():
+            if stage.is_finished(name):  # by an interrupted conversion of the same file
+                continue
+            with stage.create(name, layout.size_bytes) as descriptor:
+                _write_shard(plan, layout, descriptor, progress)
+        for name, data in companions.items():
+            stage.write_bytes(name, data)
+        report = ConvertReport(plan.source, output, len(plan.parameters), plan.dequantized, plan.left_out, size)
+        stage.publish(MANIFEST_NAME, _manifest(plan, report))
+    return report
+
+
+def _write_shard(plan: _Plan, layout: TensorLayout, descriptor: int, progress: Callable[[int], None] | None) -> None:
+    filesystem.write_all(descriptor, layout.header, 0)
+    for name, value in _values(plan, [parameter for parameter in plan.parameters if parameter.name in layout.tensors]):
+        info = layout.tensors[name]
+        if tuple(value.shape) != info.shape:
+            raise CheckpointError(f"`{plan.source}`: `{name}`: expected shape {info.shape}, got {tuple(value.shape)}")
+        stored = value.to(getattr(torch, DTYPES[info.dtype][1])).contiguous()
+        if stored.dtype != value.dtype and not _is_same(stored, value):
+            raise UnsupportedModelError(
+                f"`{plan.source}`: transformers changes `{name}`, which does not fit {info.dtype}"
+            )
+        filesystem.write_all(descriptor, stored.view(-1).view(torch.uint8).numpy().data, info.start)
+        if progress is not None:
+            progress(info.size_bytes)
+
+
+def _values(plan: _Plan, parameters: Sequence[_Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter in float32, rows in transformers' order. Stacked experts arrive in parts, kept in `held`."""
+    from gguf import dequantize
+
+    for parameter in parameters:
+        held: dict[str, Tensor] = {}
+        for tensor in parameter.sources:
+            try:
+                weights = dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError as error:
+                raise UnsupportedModelError(
+                    f"`{plan.source}`: `{tensor.name}` is stored as {_type(tensor)}, which `gguf` cannot dequantize"
+                ) from error
+            result = plan.processor.process(
+                weights=weights,
+                name=tensor.name,
+                tensor_key_mapping=plan.mapping,
+                parsed_parameters={"tensors": held},
+            )
+            if result.name is not None:
+                # Copied: the values of an F32 tensor are the mapped file itself.
+                held[parameter.name] = torch.from_numpy(result.weights.copy())
+        if parameter.name not in held:
+            raise UnsupportedModelError(
+                f"`{plan.source}`: transformers does not say how `{parameter.name}` is put together"
+            )
+        yield parameter.name, held[parameter.name]
+
+
+def _is_same(stored: Tensor, value: Tensor) -> bool:
+    return bool(((stored.to(value.dtype) == value) | value.isnan()).all())
+
+
+def _model_files(plan: _Plan) -> dict[str, bytes]:
+    """`config.json` for the dtype that is stored, and `generation_config.json` where the model generates."""
+    from transformers import GenerationConfig
+
+    widest = max((parameter.dtype for parameter in plan.parameters), key=lambda dtype: DTYPES[dtype][0])
+    settings = {"architectures": [type(plan.model).__name__], "dtype": DTYPES[widest][1]}
+    files = {"config.json": _json({**plan.config, **settings})}
+    if plan.model.can_generate():
+        generation = GenerationConfig.from_model_config(plan.model.config)
+        files["generation_config.json"] = (generation.to_json_string() + "\n").encode()
+    return files
+
+
+def _lay_out(parameters: Sequence[_Parameter]) -> TensorLayout:
+    return lay_out(((each.name, each.dtype, each.shape) for each in parameters), {"format": "pt"})
+
+
+def _index(layouts: Mapping[str, TensorLayout]) -> bytes:
+    total = sum(info.size_bytes for layout in layouts.values() for info in layout.tensors.values())
+    weight_map = {name: shard for shard, layout in layouts.items() for name in layout.tensors}
+    return _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _manifest(plan: _Plan, report: ConvertReport) -> bytes:
+    """Where every tensor came from. No times and no machine: equal inputs, equal bytes."""
+    tensors = {
+        parameter.name: {"dtype": parameter.dtype, "source": {each.name: _type(each) for each in parameter.sources}}
+        for parameter in plan.parameters
+    }
+    source = {"name": plan.source.name, "size_bytes": plan.source.stat().st_size}
+    described = {"schema_version": 1, "conversion": CONVERSION, "source": source, "notes": report.notes}
+    return _json({**described, "left_out": report.left_out, "tensors": tensors})
+
+
+def _json(value: Mapping[str, object]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

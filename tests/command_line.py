@@ -1,0 +1,64 @@
+"""Run the command line inside this process, with stdout and stderr apart."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hra_export import cli
+
+ROOT = Path(cli.__file__).parents[2]
+PROGRAM = [sys.executable, "-m", "hra_export"]
+# No network, wherever the tests run; coverage of the environment's own settings is not wanted either.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")} | {
+    "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH", "")) if path),
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a user sees of a run."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on stdout."""
+        return json.loads(self.stdout)
+
+
+def run(*arguments: str | Path) -> Outcome:
+    """Call `main` as the installed command does; an exception that gets past it is exit code 1 with its traceback."""
+    out, err = _text_stream(), _text_stream()
+    before = signal.getsignal(signal.SIGTERM)
+    code: int | str | None = 1
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        except Exception:  # noqa: BLE001  what Python itself would do
+            traceback.print_exc()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    assert isinstance(code, int)
+    return Outcome(code, _text(out), _text(err))
+
+
+def _text_stream() -> io.TextIOWrapper:
+    """UTF-8 and strict, as a terminal's: what cannot be written raises."""
+    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+
+
+def _text(stream: io.TextIOWrapper) -> str:
+    assert isinstance(stream.buffer, io.BytesIO)
+    return stream.buffer.getvalue().decode()
