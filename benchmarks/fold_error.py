@@ -2,7 +2,7 @@
 
     python -m benchmarks.fold_error
 
-"fold" is `hra-export merge`: float32 arithmetic on W − (W U T) Uᵀ, rounded once. "dense" is PEFT's way: H built as a
+"fold" is `hra-export merge`: float64 arithmetic on W − (W U T) Uᵀ, rounded once. "dense" is PEFT's way: H built as a
 matrix in float32 (or in the storage dtype, as under `autocast_adapter_dtype=False`), W multiplied by it, then rounded.
 """
 

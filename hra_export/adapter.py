@@ -119,10 +119,12 @@ def write_adapter(adapter: HraAdapter, directory: Path) -> None:
     The directory is made if needed; each file appears whole or not at all. `target_modules` lists full module paths.
 
     Raises:
+        NumericalError: a reflection vector is zero or not finite, or float32 cannot hold it; nothing is written.
         OSError: the directory cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {names.chain_key(module): u.detach().to("cpu", torch.float32) for module, u in adapter.chains.items()}
+    _check_directions(adapter.label, tensors)
+    directory.mkdir(parents=True, exist_ok=True)
     for name, value in adapter.parameters.items():
         tensors[names.parameter_key(name, adapter.chains)] = value.detach().to("cpu")
     ordered = {key: tensors[key].contiguous() for key in sorted(tensors)}
@@ -219,14 +221,16 @@ def _read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     chains: dict[str, Tensor] = {}
     parameters: dict[str, Tensor] = {}
-    findings, unusable = [], []
+    findings = []
     for key, info in weights.tensors.items():
         parsed = names.parse_adapter_key(key, config.modules_to_save)
         if parsed is None:
             findings.append(f"{key}: not a tensor of an HRA adapter")
-        elif info.dtype not in tensorfile.FLOAT_DTYPES:
+        elif info.dtype not in tensorfile.FLOAT_DTYPES and not _is_saved(parsed, config):
             findings.append(f"{key}: expected floats, got {info.dtype}")
-        elif parsed.kind == "parameter" and parsed.path in parameters:
+        elif parsed.kind == "original":
+            continue
+        elif parsed.path in parameters and not parameters[parsed.path].equal(weights.map(key)):
             findings.append(f"{key}: a second value for {parsed.path}")
         elif parsed.kind == "parameter":
             parameters[parsed.path] = weights.map(key)
@@ -234,19 +238,28 @@ def _read_tensors(
             expected = f"(d, {config.rank}) with d >= {config.rank}"
             findings.append(f"{key}: the config says r = {config.rank}, so expected {expected}, got {info.shape}")
         else:
-            chains[parsed.path] = vectors = weights.map(key).clone()
-            unusable.extend(_unusable_vectors(key, vectors))
+            chains[parsed.path] = weights.map(key).clone()
     if not chains and not findings:
         findings.append(f"{WEIGHTS_NAME} holds no `hra_u` tensor")
     if findings:
         raise AdapterError(f"adapter `{directory}`: {len(findings)} tensors are wrong", findings=findings)
+    _check_directions(str(directory), {names.chain_key(module): vectors for module, vectors in chains.items()})
+    return chains, parameters
+
+
+def _is_saved(key: names.AdapterKey, config: _HraConfig) -> bool:
+    """Whether this belongs to a saved module, which may hold counters: a BatchNorm's `num_batches_tracked`."""
+    return key.kind == "parameter" and names.is_under(key.path, config.modules_to_save)
+
+
+def _check_directions(label: str, vectors: Mapping[str, Tensor]) -> None:
+    unusable = [line for key, value in vectors.items() for line in _unusable_vectors(key, value)]
     if unusable:
         raise NumericalError(
-            f"adapter `{directory}`: {len(unusable)} reflection vectors have no direction",
+            f"adapter `{label}`: {len(unusable)} reflection vectors have no direction",
             findings=unusable,
             hint="training diverged, or the file is damaged; go back to an earlier checkpoint",
         )
-    return chains, parameters
 
 
 def _unusable_vectors(key: str, vectors: Tensor) -> list[str]:

@@ -155,8 +155,8 @@ class Attachment:
 
     model: nn.Module
     layers: Mapping[str, ReflectedLayer | RotatedRegion]
-    _replaced: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    _trained: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    _replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    _trained: Mapping[str, Tensor] = field(default_factory=dict)
 
     def parameters(self) -> list[nn.Parameter]:
         """The chains' vectors, for an optimizer."""
@@ -221,8 +221,9 @@ def attach(model: nn.Module, *adapters: HraAdapter) -> Attachment:
     findings = [*_chain_findings(model, chains, sites), *_parameter_findings(model, parameters, saved)]
     if findings:
         raise MismatchError(f"the adapter does not fit this {type(model).__name__}", findings=findings)
-    trained = {name: _as_parameter(model, name, value) for name, value in parameters.items()}
-    replaced = {name: model.get_parameter(name) for name in parameters}
+    state = _state(model)
+    replaced = {name: state[name] for name in parameters}
+    trained = {name: _in_place_of(replaced[name], value) for name, value in parameters.items()}
     _install_parameters(model, trained)
     layers: dict[str, ReflectedLayer | RotatedRegion] = {}
     for path, site in sites.items():
@@ -273,7 +274,7 @@ def _chain_findings(
 
 
 def _parameter_findings(model: nn.Module, parameters: Mapping[str, Tensor], saved: Collection[str]) -> Iterator[str]:
-    known = dict(model.named_parameters(remove_duplicate=False))
+    known = _state(model)
     for name, value in parameters.items():
         if name not in known:
             yield f"{name}: the model has no parameter of this name"
@@ -343,12 +344,17 @@ def _solve_t(u: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(t_inverse, identity, upper=True)
 
 
-def _as_parameter(model: nn.Module, name: str, value: Tensor) -> nn.Parameter:
-    old = model.get_parameter(name)
-    return nn.Parameter(value.detach().to(old.device, old.dtype), requires_grad=False)
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by each of its names: a saved BatchNorm comes with its running statistics."""
+    return {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
 
 
-def _install_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+def _in_place_of(old: Tensor, value: Tensor) -> Tensor:
+    value = value.detach().to(old.device, old.dtype)
+    return nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
+
+
+def _install_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     """Swap parameters by name. The old ones are untouched, so a tie to another module is broken, not written through."""
     for name, value in parameters.items():
         path, _, leaf = name.rpartition(".")

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -276,7 +276,14 @@ def _manifest(plan: MergePlan, report: MergeReport, fingerprint: str, version: s
             "rounding_loss": report.loss,
         },
         "tensors": {
-            tensor.name: {**asdict(tensor), "rounding_loss": tensor.loss, "name": tensor.name}
+            tensor.name: {
+                "action": tensor.action,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "delta_norm": tensor.delta_norm,
+                "rounding_norm": tensor.rounding_norm,
+                "rounding_loss": tensor.loss,
+            }
             for tensor in report.tensors
         },
     }

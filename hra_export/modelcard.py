@@ -13,12 +13,12 @@ def merged_card(plan: "MergePlan") -> str:
     """README.md of the merged checkpoint: `base_model`, `base_model_relation: merge`, and a line on each adapter."""
     from huggingface_hub import ModelCardData
 
-    base = next((adapter.base for adapter in plan.adapters if adapter.base), None) or plan.base.root.name
+    base = next((adapter.base for adapter in plan.adapters if adapter.base), None)
     inherited = {key: value for key, value in _front_matter(plan).items() if key in INHERITED}
     library = "diffusers" if plan.base.component or "_class_name" in plan.base.config else "transformers"
     fields = {"library_name": library, **inherited, "tags": ["hra", "merge"], "base_model_relation": "merge"}
-    if not base.startswith(("/", ".", "~")):  # a path on somebody's disk is no model of the Hub
-        fields["base_model"] = base
+    if base is not None and not base.startswith((".", "~")) and base.count("/") == 1 and not base.startswith("/"):
+        fields["base_model"] = base  # a Hub id; a path on somebody's disk says nothing to others
     data = ModelCardData(**fields).to_yaml(line_break="\n")
     adapters = "\n".join(
         f"- `{adapter.path.name if adapter.path else 'adapter'}`: rank {adapter.rank}, {len(adapter.chains)} targets"

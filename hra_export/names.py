@@ -2,7 +2,8 @@
 
 A PEFT adapter file holds `base_model.model.<module>.hra_u` for each chain, and under the same prefix whatever
 else was trained: `<module>.base_layer.bias` of a target, `<module>.bias` elsewhere, and the parameters of
-`modules_to_save`. PEFT drops its own adapter name and its `modules_to_save` wrapper when it saves.
+`modules_to_save`. PEFT drops its own adapter name and its `modules_to_save` wrapper when it saves; with `bias="all"`
+it also writes the biases inside that wrapper, the trained ones a second time and the base's own.
 """
 
 from collections.abc import Collection
@@ -15,10 +16,11 @@ CHAIN_SUFFIX = ".hra_u"
 class AdapterKey(NamedTuple):
     """What a tensor of an adapter file is: the chain of a module, or a parameter trained along with it.
 
-    `path` is the module path of a chain, the parameter's own name in the base model otherwise.
+    `path` is the module path of a chain, the parameter's own name in the base model otherwise. An `original` is the
+    base's own value of a parameter of a saved module: the adapter does not use it.
     """
 
-    kind: Literal["chain", "parameter"]
+    kind: Literal["chain", "parameter", "original"]
     path: str
 
 
@@ -32,6 +34,10 @@ def parse_adapter_key(key: str, modules_to_save: Collection[str] = ()) -> Adapte
     if path.endswith(CHAIN_SUFFIX):
         return AdapterKey("chain", path.removesuffix(CHAIN_SUFFIX))
     name = path.replace(".base_layer.", ".")
+    if is_under(name, modules_to_save):
+        if ".original_module." in name:
+            return AdapterKey("original", name.replace(".original_module.", "."))
+        name = name.replace(".modules_to_save.", ".")
     if name.endswith((".weight", ".bias")) or is_under(name, modules_to_save):
         return AdapterKey("parameter", name)
     return None

@@ -1,8 +1,9 @@
 """Stream planned tensors into files, block by block, folding where the plan says so.
 
-The arithmetic of a merge is nothing; memory traffic is everything. Rows go through in blocks whose float32 form stays
+The arithmetic of a merge is nothing; memory traffic is everything. Rows go through in blocks whose wide form stays
 in the cache, `pread` in and `pwrite` out, one block for each worker thread, so memory does not grow with the model.
-Each stored element is computed in float32 (float64 where the tensor is float64) and rounded once.
+Each stored element is computed in float64 (float32 on a GPU) and rounded once. On a CPU float64 costs a fifth more
+time than float32, and leaves no element further from the exact fold than its rounding.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ from hra_export.householder import BlockReflector
 from hra_export.plan import ChainSite, OutputTensor, Segment, Shard
 from hra_export.tensorfile import DTYPES, TensorInfo, TensorLayout
 
-# Elements of a block: 4 MB of float32, which a core's share of the last-level cache holds beside its copy.
-BLOCK_ELEMENTS = 1 << 20
+# Elements of a block: 4 MB of float64, which a core's share of the last-level cache holds beside its copy.
+BLOCK_ELEMENTS = 1 << 19
 # Blocks waiting for each worker: enough to keep it busy, few enough that the factors of waiting folds stay small.
 QUEUE_PER_WORKER = 4
 NO_COPY_FILE_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
@@ -63,9 +64,9 @@ class Fold:
         ut, u_t, gram = (part.to(device, dtype) for part in (u @ t, u.T.contiguous(), u.T @ u))
         return cls(ut, u_t, gram, strength)
 
-    def add_delta_(self, rows: Tensor, coefficients: Tensor) -> None:
-        """rows += s ΔW, given coefficients = W · U T (n, r)."""
-        rows.addmm_(coefficients, self.u_t, alpha=-self.strength)
+    def add_delta_(self, weight: Tensor, coefficients: Tensor) -> None:
+        """weight += s ΔW, given coefficients = W · U T (n, r); a transposed view is changed through."""
+        weight.addmm_(coefficients, self.u_t, alpha=-self.strength)
 
     def delta_squared(self, coefficients: Tensor) -> float:
         """‖s ΔW‖² of a block, from its coefficients alone."""
@@ -180,8 +181,7 @@ class Streamer:
     def _fold(self, segment: Segment, dtype: str) -> Fold:
         chains = [self.adapters[site.adapter].reflector(site.module) for site in segment.chains]
         reflector = householder.compose(chains[0], *chains[1:])
-        # Stored as (d, o), W Rᵀ from the right becomes R from the left: the same blocks on the transpose.
-        return Fold.of(reflector, self.strength, self.device, _compute_dtype(segment, dtype))
+        return Fold.of(reflector, self.strength, self.device, _compute_dtype(segment, dtype, self.device))
 
     def _run(self, block: "_Block") -> TensorTally:
         if block.is_plain_copy:
@@ -211,7 +211,7 @@ class Streamer:
 
     def _transform(self, block: "_Block") -> TensorTally:
         """Read, fold, round once, measure, write."""
-        dtype = _compute_dtype(block.segment, block.tensor.dtype)
+        dtype = _compute_dtype(block.segment, block.tensor.dtype, self.device)
         rows = self._buffer("rows", block.shape, dtype, self.device)
         rows.copy_(self._read(block))
         stored = self._buffer("stored", block.shape, _torch_dtype(block.tensor.dtype), torch.device("cpu"))
@@ -295,34 +295,24 @@ def available_cores() -> int:
 def _fold_and_round_(rows: Tensor, stored: Tensor, block: _Block, spare: Tensor) -> TensorTally:
     """Fold `rows` in place and round them into `stored`; `spare` is scratch of rows' shape and dtype."""
     fold = block.fold
-    if fold is not None and block.segment.transposed:
-        return _fold_transposed_(rows, stored, fold)
     if fold is None:
         stored.copy_(rows)
         return TensorTally(0.0, _squared_distance_(spare.copy_(stored), rows))
-    coefficients = rows @ fold.ut  # (n, r)
+    # Stored as (d, o), the weight is the transposed view; R then acts on the stored matrix from the left.
+    weight = rows.T if block.segment.transposed else rows
+    coefficients = weight @ fold.ut  # (n, r)
     delta = fold.delta_squared(coefficients)
     if stored.dtype != rows.dtype:
-        fold.add_delta_(rows, coefficients)
+        fold.add_delta_(weight, coefficients)
         stored.copy_(rows)
         return TensorTally(delta, _squared_distance_(spare.copy_(stored), rows))
     # The sum itself is the rounding here: W − stored is exact to the last bit, and adding ΔW leaves the error.
     spare.copy_(rows)
-    fold.add_delta_(rows, coefficients)
+    fold.add_delta_(weight, coefficients)
     stored.copy_(rows)
     spare.sub_(rows)
-    fold.add_delta_(spare, coefficients)
+    fold.add_delta_(spare.T if block.segment.transposed else spare, coefficients)
     return TensorTally(delta, float(torch.dot(spare.view(-1), spare.view(-1))))
-
-
-def _fold_transposed_(rows: Tensor, stored: Tensor, fold: Fold) -> TensorTally:
-    """The same for a weight stored (d, o): Rᵀ from the left."""
-    weight = rows.T  # (o, d)
-    coefficients = weight @ fold.ut
-    exact = weight.double() - fold.strength * (coefficients.double() @ fold.u_t.double())
-    stored.copy_(exact.T)
-    error = float((stored.T.double() - exact).square().sum())
-    return TensorTally(fold.delta_squared(coefficients), error)
 
 
 def _squared_distance_(a: Tensor, b: Tensor) -> float:
@@ -331,9 +321,9 @@ def _squared_distance_(a: Tensor, b: Tensor) -> float:
     return float(torch.dot(difference, difference))
 
 
-def _compute_dtype(segment: Segment, stored: str) -> torch.dtype:
+def _compute_dtype(segment: Segment, stored: str, device: torch.device) -> torch.dtype:
     source = segment.source.dtype
-    wide = stored == "F64" or source in ("F64", torch.float64)
+    wide = device.type == "cpu" or stored == "F64" or source in ("F64", torch.float64)
     return torch.float64 if wide else torch.float32
 
 

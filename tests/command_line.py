@@ -15,7 +15,7 @@ from hra_export import cli
 
 ROOT = Path(cli.__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "hra_export"]
-# No network, wherever the tests run; coverage of the environment's own settings is not wanted either.
+# No network, and no colours but those a test asks for.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")} | {
     "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH", "")) if path),
     "HF_HUB_OFFLINE": "1",
@@ -36,9 +36,12 @@ class Outcome:
         return json.loads(self.stdout)
 
 
-def run(*arguments: str | Path) -> Outcome:
-    """Call `main` as the installed command does; an exception that gets past it is exit code 1 with its traceback."""
-    out, err = _text_stream(), _text_stream()
+def run(*arguments: str | Path, encoding: str = "utf-8") -> Outcome:
+    """Call `main` as the installed command does; an exception that gets past it is exit code 1 with its traceback.
+
+    `encoding` is that of the terminal. What it cannot show raises there, as it would on a real one.
+    """
+    out, err = _text_stream(encoding), _text_stream(encoding)
     before = signal.getsignal(signal.SIGTERM)
     code: int | str | None = 1
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -54,11 +57,10 @@ def run(*arguments: str | Path) -> Outcome:
     return Outcome(code, _text(out), _text(err))
 
 
-def _text_stream() -> io.TextIOWrapper:
-    """UTF-8 and strict, as a terminal's: what cannot be written raises."""
-    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+def _text_stream(encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
 
 
 def _text(stream: io.TextIOWrapper) -> str:
     assert isinstance(stream.buffer, io.BytesIO)
-    return stream.buffer.getvalue().decode()
+    return stream.buffer.getvalue().decode(stream.encoding)

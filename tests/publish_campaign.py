@@ -8,22 +8,16 @@ Writes are also torn: half of the bytes arrive, then the child dies. `renames` h
 the output may be absent for a moment, with the old one beside it.
 """
 
-import fcntl
 import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hra_export import filesystem
 from hra_export.errors import OutputError
 from hra_export.publish import MANIFEST_NAME, stage
+from tests.killing import lives
+from tests.synthetic import read_tree
 
-CALLS = (
-    *("open", "close", "write", "pwrite", "fsync", "ftruncate", "posix_fallocate", "copy_file_range"),
-    *("rename", "replace", "unlink", "mkdir", "rmdir", "scandir"),
-)
 NEW = {
     "model-00001-of-00002.safetensors": b"a" * 5000,
     "model-00002-of-00002.safetensors": b"b" * 3000,
@@ -49,13 +43,6 @@ def write_output(output: Path, source: Path, *, overwrite: bool) -> None:
         work.publish(MANIFEST_NAME, NEW[MANIFEST_NAME])
 
 
-def read_tree(folder: Path) -> dict[str, bytes] | None:
-    """Every file below a folder, by name; None when there is no folder."""
-    if not folder.exists():
-        return None
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def make_tree(folder: Path, files: dict[str, bytes]) -> None:
     """Write files by name."""
     for name, content in files.items():
@@ -64,62 +51,17 @@ def make_tree(folder: Path, files: dict[str, bytes]) -> None:
         path.write_bytes(content)
 
 
-def die() -> None:
-    """End as a power switch would."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_at(point: int) -> None:
-    """Patch this process to die at its `point`-th call; a write counts twice, the second time it is torn."""
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        if count == point:
-            die()
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            step()
-            return call(*args, **kwargs)
-
-        return wrapper
-
-    def torn(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(fd: int, data: bytes, *offset: int) -> Any:
-            nonlocal count
-            step()
-            count += 1
-            if count == point:
-                call(fd, bytes(data)[: len(data) // 2], *offset)
-                die()
-            return call(fd, data, *offset)
-
-        return wrapper
-
-    for name in CALLS:
-        setattr(os, name, (torn if name in {"write", "pwrite"} else counted)(getattr(os, name)))
-    fcntl.flock = counted(fcntl.flock)
-    filesystem.exchange = counted(filesystem.exchange)
-
-
 def run_killed(point: int, output: Path, source: Path, *, overwrite: bool) -> bool:
     """Whether a run that is to die at `point` lived to its end."""
-    child = os.fork()
-    if child == 0:
-        code = 1
+
+    def work() -> None:
         try:
-            kill_at(point)
             write_output(output, source, overwrite=overwrite)
-            code = 0
         except OutputError:
-            code = 0 if read_tree(output) == NEW else 1  # complete already: refused without --overwrite
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"point {point}: the run failed by itself"
-    return not os.WIFSIGNALED(status)
+            if read_tree(output) != NEW:  # complete already: refused without --overwrite
+                raise
+
+    return lives(work, point=point)
 
 
 def check_invariant(output: Path, old: dict[str, bytes] | None, *, has_exchange: bool) -> None:

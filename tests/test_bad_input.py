@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -403,7 +404,7 @@ def base_with_a_size_no_machine_can_count_to(scene: Scene) -> None:
     rewrite(base_weights(scene), add)
 
 
-@refused(4, "tensor `\\ud800` has a name that is not Unicode text")
+@refused(4, "model.safetensors` is not valid JSON", "surrogates not allowed")
 def base_with_half_a_character_as_a_name(scene: Scene) -> None:
     def add(header: dict[str, Any]) -> None:
         header["\ud800"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
@@ -492,20 +493,14 @@ def base_config_garbled(scene: Scene) -> None:
     (scene.base / "config.json").write_text("{'model_type': 'llama'}")
 
 
-@refused(4, "config.json`", "`vocab_size`", "expected an integer, got [96]")
-def base_config_with_a_list_for_a_size(scene: Scene) -> None:
-    scene.configure(scene.base / "config.json", vocab_size=[96])
-
-
 @refused(4, "config.json`", "`model_type`", "expected a string, got ['llama']")
 def base_config_with_a_list_for_a_type(scene: Scene) -> None:
     scene.configure(scene.base / "config.json", model_type=["llama"])
 
 
-@refused(4, "config.json` is nested too deep")
+@refused(4, "config.json` is not valid JSON")
 def base_config_nested_too_deep(scene: Scene) -> None:
-    depth = 900  # less than what Python's JSON parser gives up at
-    (scene.base / "config.json").write_text('{"a":' * depth + "1" + "}" * depth)
+    (scene.base / "config.json").write_text('{"a":' * 100_000)
 
 
 @refused(8, "is quantized (gptq)", "merge into the unquantized base")
@@ -519,7 +514,7 @@ def grouped_convolution(scene: Scene) -> None:
     scene.put_adapter(random_chains({"conv": 72}))
 
 
-@refused(8, "has no `banana` model")
+@refused(8, "cannot build a model of type `banana`", "upgrade transformers if the model is new")
 def model_type_that_transformers_does_not_know(scene: Scene) -> None:
     scene.configure(scene.base / "config.json", model_type="banana")
     scene.put_adapter(random_chains({"encoder.layer.0": 32}))
@@ -710,13 +705,13 @@ def test_merge_refuses_a_strength_that_is_no_number(scene: Scene, strength: str)
     check_refused(scene, [*scene.merge, "--strength", strength], 2, ["'--strength'", strength.lstrip("-")])
 
 
-@pytest.mark.parametrize("word", ["banana", "gpu", "meta", "mps", "cpu:1", "cuda:", "cuda:x", "cuda:-1", ""])
+@pytest.mark.parametrize("word", ["banana", "gpu", "meta", "mps", "cpu:1", "cuda:", "cuda:x", "cuda:-1", "cuda:99999999999999999999", ""])
 def test_merge_refuses_a_word_that_is_no_device(scene: Scene, word: str) -> None:
     """A word that could never work is usage; a device that is not there is 7."""
     check_refused(scene, [*scene.merge, "--device", word], 2, ["'--device'", "auto, cpu, cuda or cuda:N"])
 
 
-@pytest.mark.parametrize("word", ["cuda", "cuda:0", "cuda:7", "cuda:99999999999999999999"])
+@pytest.mark.parametrize("word", ["cuda", "cuda:0", "cuda:999"])
 @pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["merge", "dry-run"])
 def test_merge_refuses_a_cuda_device_that_is_absent(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, word: str, more: list[str]
@@ -763,14 +758,7 @@ def run_process(*arguments: str | Path, **options: Any) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-PROCESS_CASES = [
-    adapter_with_findings_of_two_kinds_beside_good_chains,
-    base_cut_off_in_the_data,
-    nan_in_a_weight_that_is_folded,
-    output_of_somebody_else,
-    grouped_convolution,
-    option_misspelt,
-]
+PROCESS_CASES = [base_cut_off_in_the_data, nan_in_a_weight_that_is_folded, output_of_somebody_else, option_misspelt]
 
 
 @pytest.mark.parametrize("damage", PROCESS_CASES, ids=lambda damage: damage.__name__)
@@ -820,15 +808,12 @@ def test_json_keeps_a_name_that_is_not_unicode(scene: Scene) -> None:
     assert (output / MANIFEST_NAME).is_file()
 
 
-def test_result_is_shown_where_the_terminal_has_no_greek(scene: Scene) -> None:
-    """The merge is on disk by then: it must not end as a failure."""
-    outcome = run_process(*scene.merge, "-q")
-    environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run(
-        [*PROGRAM, *map(str, scene.merge), "--overwrite"], env=environment, capture_output=True, timeout=60, check=False
-    )
-    assert (outcome.code, done.returncode) == (0, 0), done.stderr
-    assert b"rounding cost" in done.stdout
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_result_is_shown_where_the_terminal_has_no_greek(scene: Scene, encoding: str) -> None:
+    """The merge is on disk by then: it must not end as a crash."""
+    outcome = run(*scene.merge, encoding=encoding)
+    assert outcome.code == 0, outcome.stderr
+    assert "of \\u0394W" in outcome.stdout
 
 
 def test_debug_shows_the_traceback_of_refused_input(scene: Scene) -> None:
@@ -856,6 +841,26 @@ def test_merge_never_runs_the_pattern_of_target_modules(scene: Scene) -> None:
     """This one takes hours on a name of 44 characters."""
     scene.configure(scene.adapter / "adapter_config.json", target_modules=r"(\w+\.?)+!")
     assert run(*scene.merge).code == 0
+
+
+@pytest.mark.parametrize("sizes", [{"vocab_size": [96]}, {"text_config": {"vocab_size": {}}}, {"text_config": [1]}])
+def test_merge_does_not_mind_fields_of_the_config_it_has_no_use_for(scene: Scene, sizes: dict[str, object]) -> None:
+    scene.configure(scene.base / "config.json", **sizes)
+    assert run(*scene.merge).code == 0
+
+
+def test_merge_looks_through_a_config_nested_deeper_than_calls_can_be(scene: Scene) -> None:
+    depth = 900  # Python's JSON parser still reads this
+    (scene.base / "config.json").write_text('{"a":' * depth + "1" + "}" * depth)
+    assert run(*scene.merge).code == 0
+
+
+def test_merge_takes_a_base_whose_name_is_not_unicode(scene: Scene) -> None:
+    """The name goes into the manifest and the model card."""
+    base = scene.base.rename(scene.folder / os.fsdecode(b"b\xff"))
+    outcome = run("merge", scene.adapter, "--base", base, "--output", scene.output)
+    assert outcome.code == 0, outcome.stderr
+    assert json.loads((scene.output / MANIFEST_NAME).read_bytes())["base"]["name"] == "b?"
 
 
 def test_merge_takes_saved_modules_literally(scene: Scene) -> None:
@@ -959,6 +964,54 @@ def test_merge_says_so_when_it_may_not_read(scene: Scene, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "open", refuse)
     check_refused(scene, scene.merge, 6, [str(path), "Permission denied"])
+
+
+@pytest.mark.parametrize("call", ["pread", "preadv"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_merge_blames_the_base_when_it_cannot_be_read(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, call: str, at: int
+) -> None:
+    real, calls = getattr(os, call), []
+
+    def fail(*arguments: Any) -> Any:
+        path = Path(os.readlink(f"/dev/fd/{arguments[0]}"))
+        calls.extend([1] if path == base_weights(scene) and arguments[-1] > 8 else [])
+        if len(calls) == at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, fail)
+    check_refused(scene, scene.merge, 6, ["cannot read", str(scene.base), os.strerror(errno.EIO)])
+
+
+def test_merge_writes_nothing_to_a_file_it_has_closed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error other blocks of the shard were still under way, and the number was another file's by then."""
+    scene.put_base({**toy_tensors(), **{f"model.extra.{i}.weight": random_tensor(64, 32) for i in range(40)}})
+    opened: set[int] = set()
+    late: list[int] = []
+    real_open, real_close, real_copy = os.open, os.close, os.copy_file_range
+
+    def open_(*arguments: Any, **options: Any) -> int:
+        descriptor = real_open(*arguments, **options)
+        opened.add(descriptor)
+        return descriptor
+
+    def close(descriptor: int) -> None:
+        opened.discard(descriptor)
+        real_close(descriptor)
+
+    def copy(source: int, target: int, *rest: int) -> int:
+        time.sleep(0.02)
+        late.extend(number for number in (source, target) if number not in opened)
+        return real_copy(source, target, *rest)
+
+    def break_(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name, patched in {"open": open_, "close": close, "copy_file_range": copy, "preadv": break_}.items():
+        monkeypatch.setattr(os, name, patched)
+    check_refused(scene, scene.merge, 6, ["cannot read"])
+    assert late == []
 
 
 def test_merge_refuses_an_output_that_another_run_is_writing(scene: Scene) -> None:

@@ -256,6 +256,22 @@ def test_reported_loss_is_the_rounding_of_delta(dtype: torch.dtype, tmp_path: Pa
     assert report.loss == pytest.approx(loss, rel=1e-3)
 
 
+@pytest.mark.parametrize("angle", [0.5, 0.005], ids=["trained", "lightly-trained"])
+def test_bfloat16_is_the_exact_fold_rounded_once(angle: float, tmp_path: Path) -> None:
+    """Rounding in float64 goes through float32 in torch, which may turn a tie: at most 2⁻¹⁶ of elements, by one step."""
+    weight = (0.02 * torch.randn(256, 512)).bfloat16()
+    half = torch.randn(512, RANK // 2).repeat_interleave(2, dim=1)
+    adapter = HraAdapter({"proj": half + angle * torch.randn(512, RANK)}, rank=RANK)
+    save_tensors({"proj.weight": weight}, tmp_path / "base")
+    after, _ = merge(tmp_path / "base", tmp_path / "merged", adapter)
+    exact = weight.double() @ explicit_chain(adapter.chains["proj"])
+    got, expected = after["proj.weight"], exact.float().bfloat16()
+    differ = got != expected
+    assert differ.double().mean() <= 2e-4
+    steps = got[differ].view(torch.int16).int() - expected[differ].view(torch.int16).int()
+    assert bool((steps.abs() <= 1).all())
+
+
 def test_lightly_trained_adapter_is_warned_about_in_bfloat16(tmp_path: Path) -> None:
     save_tensors({"proj.weight": torch.randn(64, 48).bfloat16()}, tmp_path / "base")
     half = torch.randn(48, RANK // 2).repeat_interleave(2, dim=1)

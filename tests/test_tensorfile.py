@@ -456,7 +456,8 @@ def test_files_written_by_either_side_are_read_alike(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "ours.safetensors"
     check_as_library(written(path, tensors, metadata))
-    check_as_library(saved(path, tensors, metadata))
+    # Given neither tensors nor metadata, but an empty dict for the latter, safetensors 0.8 writes what it cannot read.
+    check_as_library(saved(path, tensors, metadata or None))
 
 
 # Headers that are almost right, built from parts that are each sometimes wrong.
