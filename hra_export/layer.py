@@ -54,12 +54,14 @@ class ReflectedLayer(nn.Module):
     """A Linear-like layer behind one or more chains: y = base(x Rᵀ) with R = R_1 R_2 … in the order given.
 
     Any module that maps (…, d) to (…, o) can be the base: Linear, transformers' Conv1D, a quantized layer.
+    At a strength s other than 1 the weight is W + s (W R − W), which takes a second call of the base layer.
     """
 
-    def __init__(self, base_layer: nn.Module, chains: Sequence[Chain]) -> None:
+    def __init__(self, base_layer: nn.Module, chains: Sequence[Chain], *, strength: float = 1.0) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.chains = nn.ModuleList(chains)
+        self.strength = strength
         self.enabled = True
         self.calls = 0
 
@@ -73,9 +75,10 @@ class ReflectedLayer(nn.Module):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:
         """base_layer(x Rᵀ); further arguments go to the base layer."""
         self.calls += 1
-        if self.enabled:
-            x = self.rotate(x)
-        return self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(self.rotate(x), *args, **kwargs)
+        return y if self.strength == 1 else torch.lerp(self.base_layer(x, *args, **kwargs), y, self.strength)
 
     def rotate(self, x: Tensor) -> Tensor:
         """x (…, d) → x Rᵀ, in x's dtype; the r×r part runs in float32 or wider."""
@@ -106,7 +109,7 @@ class ReflectedConv2d(ReflectedLayer):
         kernels = a.reshape(-1, *weight.shape[1:]).to(x.dtype)  # (r, in, kh, kw)
         # torch's own helper applies stride, padding, padding mode and dilation as the base convolution does.
         reduced = self.base_layer._conv_forward(x, kernels, None)  # noqa: SLF001
-        return y + nn.functional.conv2d(reduced, b.to(x.dtype)[:, :, None, None])
+        return y + self.strength * nn.functional.conv2d(reduced, b.to(x.dtype)[:, :, None, None])
 
 
 class ReflectedEmbedding(ReflectedLayer):
@@ -115,21 +118,25 @@ class ReflectedEmbedding(ReflectedLayer):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:
         """The looked-up rows of x (…), rotated: (…, d)."""
         self.calls += 1
-        rows = self.base_layer(x, *args, **kwargs)
-        if self.enabled:
-            for chain in self.chains:
-                block = chain.reflector(rows.dtype, rows.device)
-                coefficients = ((rows @ block.u).to(block.t.dtype) @ block.t).to(rows.dtype)
-                rows = rows - coefficients @ block.u.T
-        return rows
+        rows = base_rows = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return rows
+        for chain in self.chains:
+            block = chain.reflector(rows.dtype, rows.device)
+            coefficients = ((rows @ block.u).to(block.t.dtype) @ block.t).to(rows.dtype)
+            rows = rows - coefficients @ block.u.T
+        return rows if self.strength == 1 else torch.lerp(base_rows, rows, self.strength)
 
 
 class RotatedRegion(nn.Module):
     """A parametrization: one region of a stacked parameter (an expert, say) times R, computed at each access."""
 
-    def __init__(self, chains: Sequence[Chain], index: tuple[slice | int, ...], input_axis: int) -> None:
+    def __init__(
+        self, chains: Sequence[Chain], index: tuple[slice | int, ...], input_axis: int, *, strength: float = 1.0
+    ) -> None:
         super().__init__()
         self.chains = nn.ModuleList(chains)
+        self.strength = strength
         self.index = index
         self.input_axis = input_axis
         self.enabled = True
@@ -141,9 +148,10 @@ class RotatedRegion(nn.Module):
         if not self.enabled:
             return weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        rows = weight[self.index].movedim(self.input_axis, -1).to(wide)
+        rows = base_rows = weight[self.index].movedim(self.input_axis, -1).to(wide)
         for chain in self.chains:
             rows = householder.rotate_rows(rows, chain.reflector(wide, weight.device))
+        rows = torch.lerp(base_rows, rows, self.strength)
         rotated = weight.clone()
         rotated[self.index] = rows.movedim(-1, self.input_axis).to(weight.dtype)
         return rotated
@@ -171,10 +179,14 @@ class Attachment:
         return [path for path, layer in self.layers.items() if layer.calls == 0]
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The base model, inside the block."""
+    def disabled(self, *, keep: Collection[str] = ()) -> Iterator[None]:
+        """The base model, inside the block.
+
+        Args:
+            keep: trained parameters to leave in place: a head that the base has not, for example.
+        """
         before = all(layer.enabled for layer in self.layers.values())  # blocks may be nested
-        self._set_enabled(False)
+        self._set_enabled(False, keep)
         try:
             yield
         finally:
@@ -190,13 +202,14 @@ class Attachment:
             for name in [name for name in getattr(module, "parametrizations", {}) if _is_rotated(module, name)]:
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
-    def _set_enabled(self, enabled: bool) -> None:
+    def _set_enabled(self, enabled: bool, keep: Collection[str] = ()) -> None:
         for layer in self.layers.values():
             layer.enabled = enabled
-        _install_parameters(self.model, self._trained if enabled else self._replaced)
+        values = self._trained if enabled else {name: old for name, old in self._replaced.items() if name not in keep}
+        _install_parameters(self.model, values)
 
 
-def attach(model: nn.Module, *adapters: HraAdapter) -> Attachment:
+def attach(model: nn.Module, *adapters: HraAdapter, strength: float = 1.0) -> Attachment:
     """Put live HRA layers into `model`, which is changed in place until `Attachment.detach`.
 
     Several adapters compose in the order given: W R_1 R_2 …. Their biases and saved modules replace the model's, the
@@ -205,6 +218,7 @@ def attach(model: nn.Module, *adapters: HraAdapter) -> Attachment:
     Args:
         model: any module tree; module paths are matched literally, then through transformers' own renamings.
         adapters: as read by `read_adapter`.
+        strength: s in W + s (W R − W); biases and saved modules are the adapters' whatever it is.
 
     Raises:
         MismatchError: targets or parameters that the model does not have, or whose shapes disagree; all of them.
@@ -229,7 +243,7 @@ def attach(model: nn.Module, *adapters: HraAdapter) -> Attachment:
     for path, site in sites.items():
         assert site is not None
         key = path if isinstance(site, _Stacked) else site
-        layers[key] = _install_chain(model, site, chains[path])
+        layers[key] = _install_chain(model, site, chains[path], strength)
     return Attachment(model, layers, replaced, trained)
 
 
@@ -304,9 +318,11 @@ def _features(path: str, module: nn.Module) -> int | None:
     return None
 
 
-def _install_chain(model: nn.Module, site: "str | _Stacked", chains: list[Chain]) -> ReflectedLayer | RotatedRegion:
+def _install_chain(
+    model: nn.Module, site: "str | _Stacked", chains: list[Chain], strength: float
+) -> ReflectedLayer | RotatedRegion:
     if isinstance(site, _Stacked):
-        region = RotatedRegion(chains, site.index, site.input_axis)
+        region = RotatedRegion(chains, site.index, site.input_axis, strength=strength)
         parametrize.register_parametrization(model.get_submodule(site.module), site.parameter, region, unsafe=True)
         return region
     base = model.get_submodule(site)
@@ -315,7 +331,7 @@ def _install_chain(model: nn.Module, site: "str | _Stacked", chains: list[Chain]
         kind = ReflectedConv2d
     elif isinstance(base, nn.Embedding):
         kind = ReflectedEmbedding
-    layer = kind(base, chains)
+    layer = kind(base, chains, strength=strength)
     layer.train(base.training)
     model.set_submodule(site, layer)
     return layer

@@ -55,6 +55,7 @@ def validate_merged(
     candidate: Path,
     *,
     dtype: str | None = None,
+    strength: float | None = None,
     say: Say | None = None,
 ) -> ParityReport:
     """Compare a merged directory with the base under live HRA layers.
@@ -64,6 +65,7 @@ def validate_merged(
         base: the directory they were merged into; not changed.
         candidate: the directory to judge.
         dtype: the storage dtype that was promised; None takes the candidate's manifest, then the base's own.
+        strength: at which the adapters were folded; None takes the candidate's manifest, then 1.
         say: told about each stage.
 
     Raises:
@@ -76,19 +78,20 @@ def validate_merged(
     manifest = _manifest(written)
     promised = dtype or _promised_dtype(original, manifest)
     findings = _dtype_findings(written, promised)
-    model_class = load_class(written.config)
+    folded_at = float(manifest.get("strength", 1.0)) if strength is None else strength
     tell("reference: base with live HRA layers")
-    model = _load(model_class, original)
+    model, missing = _load(original, written.config)
     probes = list(_probes(model, written))
-    attachment = attach(model, *adapters)
+    attachment = attach(model, *adapters, strength=folded_at)
     reference = {probe.name: probe.run(model) for probe in probes}
     tokens = _greedy(model)
     findings += [f"{path}: this target never ran, its chain has no effect" for path in attachment.unused()]
-    with attachment.disabled():
+    with attachment.disabled(keep=missing):
         start = {probe.name: probe.run(model) for probe in probes}
     del model, attachment
     tell("candidate: merged weights")
-    model = _load(model_class, written)
+    model, missing = _load(written, written.config)
+    findings += [f"{name}: the candidate lacks it, and its library would make it up" for name in sorted(missing)]
     outputs = [
         output
         for probe in probes
@@ -132,15 +135,24 @@ def _dtype_findings(candidate: Checkpoint, promised: str) -> list[str]:
     ]
 
 
-def _load(model_class: Any, checkpoint: Checkpoint) -> nn.Module:
-    """The model in float32, in evaluation mode, loaded by its own library from local files only."""
+def _load(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[nn.Module, set[str]]:
+    """The model in float32, in evaluation mode, loaded by its own library from local files only.
+
+    Args:
+        checkpoint: the weights.
+        config: the candidate's configuration: its class and its labels, which a base without a head does not have.
+
+    Returns:
+        The model, and the parameters that the checkpoint lacks.
+    """
+    model_class = load_class(config)
+    labels = {key: config[key] for key in ("id2label", "label2id") if key in config}
+    options = {"torch_dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     try:
-        model: nn.Module = model_class.from_pretrained(
-            checkpoint.directory, torch_dtype=torch.float32, local_files_only=True
-        )
+        model, info = model_class.from_pretrained(checkpoint.directory, **options, **labels)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{model_class.__name__} cannot load `{checkpoint.directory}`: {error}") from error
-    return model.eval()
+    return model.eval(), set(info["missing_keys"])
 
 
 def _probes(model: nn.Module, checkpoint: Checkpoint) -> Iterator[Probe]:

@@ -307,7 +307,7 @@ def test_biases_that_peft_writes_twice_are_one_parameter(tmp_path: Path) -> None
     assert {name: value.tolist() for name, value in found.items()} == {"head.bias": [1.0, 1.0, 1.0]}
 
 
-@pytest.mark.parametrize("other", [torch.zeros(3), torch.ones(4), torch.ones(3, dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("other", [torch.zeros(3), torch.ones(4)], ids=["values", "shape"])
 def test_a_saved_bias_with_two_values_is_refused(other: Tensor, tmp_path: Path) -> None:
     prefix = "base_model.model.head"
     tensors = {KEY: vectors(), f"{prefix}.bias": torch.ones(3), f"{prefix}.modules_to_save.bias": other}

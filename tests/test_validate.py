@@ -78,6 +78,38 @@ def test_right_merge_passes(name: str, dtype: torch.dtype, tmp_path: Path) -> No
     assert max(output.effect_size for output in report.outputs) > 1e-3
 
 
+def test_half_strength_is_judged_against_half_strength(tmp_path: Path) -> None:
+    folder = prepare("llama", tmp_path)
+    adapter = read_adapter(folder / "adapter")
+    plan = plan_merge(open_checkpoint(folder / "base"), [adapter], strength=0.5)
+    merge_checkpoint(plan, tmp_path / "half", version="test")
+    assert judge(folder, tmp_path / "half").ok
+    whole = validate_merged([adapter], folder / "base", tmp_path / "half", strength=1.0)
+    assert whole.effect_error == pytest.approx(0.5, abs=0.1)
+
+
+def test_head_that_the_base_lacks_is_judged_by_the_chains_effect(tmp_path: Path) -> None:
+    """A headless BertModel becomes a classifier of five labels; the base's own head would be random."""
+    model = build("bert")
+    model.bert.save_pretrained(tmp_path / "base")  # type: ignore[operator, union-attr]
+    chains = make_adapter("bert", tmp_path / "base").chains
+    head = {"classifier.weight": torch.randn(5, 32), "classifier.bias": torch.randn(5)}
+    adapter = HraAdapter(
+        {f"bert.{module}": u for module, u in chains.items()},
+        rank=RANK,
+        parameters=head,
+        modules_to_save=("classifier",),
+        task="SEQ_CLS",
+    )
+    write_adapter(adapter, tmp_path / "adapter")
+    merge(tmp_path, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    report = judge(tmp_path, tmp_path / "merged")
+    assert report.ok, report.findings
+    wrong = replace(adapter, chains={module: u.flip(1) for module, u in adapter.chains.items()})
+    merge(tmp_path, wrong, tmp_path / "wrong")
+    assert not judge(tmp_path, tmp_path / "wrong").ok
+
+
 def reversed_chain(folder: Path, output: Path) -> None:
     adapter = read_adapter(folder / "adapter")
     merge(folder, replace(adapter, chains={key: u.flip(1) for key, u in adapter.chains.items()}), output)

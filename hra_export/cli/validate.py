@@ -23,8 +23,16 @@ PARITY_FAILED = 3
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Storage dtype that was promised.  [default: the manifest's, else the base's]",
 )
+@click.option("--strength", type=float, help="At which it was merged.  [default: the manifest's, else 1]")
 @options.talk
-def command(adapters: tuple[str, ...], base: str | None, candidate: Path, dtype: str | None, console: Console) -> int:
+def command(
+    adapters: tuple[str, ...],
+    base: str | None,
+    candidate: Path,
+    dtype: str | None,
+    strength: float | None,
+    console: Console,
+) -> int:
     """Prove that CANDIDATE computes what PyTorch computes with live HRA layers.
 
     The adapter's effect comes first: 0 % off is perfect, 100 % off is the base. Ends with exit code 3 when the numbers
@@ -38,7 +46,7 @@ def command(adapters: tuple[str, ...], base: str | None, candidate: Path, dtype:
     _hide_loading_bars()
     read = [resolve_adapter(name) for name in adapters]
     directory = resolve_base(base, read, console)
-    report = validate_merged(read, directory, candidate, dtype=dtype, say=console.say)
+    report = validate_merged(read, directory, candidate, dtype=dtype, strength=strength, say=console.say)
     console.result(_text(report), {"verb": "validate", **report.to_json()})
     return 0 if report.ok else PARITY_FAILED
 
