@@ -2,13 +2,12 @@
 
     python -m benchmarks.memory [--work DIR] [--largest]
 
-Checkpoints are Llama-shaped, d = 4096 and 14336, in bfloat16, written as holes that take no space; the merged ones are
-written in full, and deleted. Every linear layer is adapted, r = 8. `--largest` adds the 16 GB of an 8B model.
+Checkpoints have the shapes of an 8B llama and a 6.7B GPT-2 in bfloat16, written as holes that take no space; the merged
+ones are written in full, and deleted. Every linear layer is adapted, r = 8. `--largest` adds all 16 GB of the llama.
 The bound is max(1 GiB, 3 × the largest tensor in float32 + 300 MiB), whatever the size of the model.
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,26 +74,58 @@ class MemoryRun:
         return max(2**30, 3 * self.largest_bytes + 300 * 2**20)
 
 
-def llama_8b(layers: int = 32, vocabulary: int = 128256) -> Sizes:
-    """The shape of an 8B llama, or one with fewer layers and tokens."""
-    return Sizes(layers=layers, width=4096, inner=14336, vocabulary=vocabulary, heads=32, key_heads=8)
+@dataclass(frozen=True)
+class Layout:
+    """What a checkpoint is made of: its configuration, its tensors, and the modules to adapt with their d."""
+
+    config: Mapping[str, object]
+    shapes: Mapping[str, tuple[int, ...]]
+    targets: Mapping[str, int]
 
 
-def measure(sizes: Sizes, work: Path, *, options: Sequence[str] = ()) -> MemoryRun:
+def llama(layers: int = 32, vocabulary: int = 128256) -> Layout:
+    """An 8B llama, or one with fewer layers and tokens."""
+    sizes = Sizes(layers=layers, width=4096, inner=14336, vocabulary=vocabulary, heads=32, key_heads=8)
+    return Layout(llama_config(sizes), llama_shapes(sizes), linear_modules(sizes))
+
+
+def gpt2(layers: int) -> Layout:
+    """Layers of a 6.7B GPT-2, as GPT-SW3 has them: weights stored (in, out), so that chains act on their columns."""
+    sizes = {
+        "attn.c_attn": (4096, 12288),
+        "attn.c_proj": (4096, 4096),
+        "mlp.c_fc": (4096, 16384),
+        "mlp.c_proj": (16384, 4096),
+    }
+    modules = {f"transformer.h.{i}.{name}": shape for i in range(layers) for name, shape in sizes.items()}
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 4096,
+        "n_layer": layers,
+        "n_head": 32,
+    }
+    shapes = {f"{module}.weight": shape for module, shape in modules.items()}
+    embeddings = {"transformer.wte.weight": (1024, 4096), "transformer.wpe.weight": (64, 4096)}
+    targets = {module: shape[0] for module, shape in modules.items()}
+    return Layout({**config, "vocab_size": 1024, "n_positions": 64}, {**embeddings, **shapes}, targets)
+
+
+def measure(layout: Layout, work: Path, *, options: Sequence[str] = ()) -> MemoryRun:
     """Merge a checkpoint of holes into a folder under `work`, and delete both.
 
     Raises:
         RuntimeError: the disk is too small, or the merge failed.
     """
-    shapes = llama_shapes(sizes)
+    shapes = layout.shapes
     size = 2 * sum(map(math.prod, shapes.values()))
     if shutil.disk_usage(work).free < size + SPARE_DISK_BYTES:
         raise RuntimeError(f"`{work}` has no room for {size / 1e9:.1f} GB and {SPARE_DISK_BYTES / 1e9:.0f} GB to spare")
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
         tensors = {name: hole(*shape, dtype="BF16") for name, shape in shapes.items()}
-        base = write_base(folder / "base", tensors, shards=SHARDS, config=llama_config(sizes))
-        adapter = write_adapter_files(folder / "adapter", random_chains(linear_modules(sizes), RANK), rank=RANK)
+        base = write_base(folder / "base", tensors, shards=SHARDS, config=layout.config)
+        adapter = write_adapter_files(folder / "adapter", random_chains(layout.targets, RANK), rank=RANK)
         idle, _ = _peak(IDLE, folder, [])
         arguments = ["merge", str(adapter), "--base", str(base), "--output", str(folder / "merged"), "-q", *options]
         peak, seconds = _peak(MERGE, folder, arguments)
@@ -118,17 +149,19 @@ def _peak(program: str, folder: Path, arguments: Sequence[str]) -> tuple[int, fl
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="where checkpoints are made  [default: the system's temporary folder]")
+    parser.add_argument(
+        "--work", type=Path, help="where checkpoints are made  [default: the system's temporary folder]"
+    )
     parser.add_argument("--largest", action="store_true", help="also merge 16 GB")
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.gettempdir())
-    chosen = {"1 layer": llama_8b(1, 16384), "3 layers": llama_8b(3, 16384), "6 layers": llama_8b(6, 16384)}
+    chosen = {f"llama, {layers} layers": llama(layers, 16384) for layers in (1, 3, 6)} | {"gpt2, 2 layers": gpt2(2)}
     if arguments.largest:
-        chosen["8B"] = llama_8b()
+        chosen["llama, 8B"] = llama()
     rows, data = [], {}
-    for name, sizes in chosen.items():
+    for name, layout in chosen.items():
         say(f"{name}:")
-        run = measure(sizes, work)
+        run = measure(layout, work)
         data[name] = asdict(run) | {"beyond_bytes": run.beyond_bytes, "bound_bytes": run.bound_bytes}
         figures = [run.checkpoint_bytes / 1e9, run.largest_bytes / 1e6, run.seconds]
         peaks = [run.peak_bytes / 2**20, run.idle_bytes / 2**20, run.beyond_bytes / 2**20, run.bound_bytes / 2**20]

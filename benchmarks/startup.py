@@ -2,7 +2,7 @@
 
     python -m benchmarks.startup [--rounds 20]
 
-The bar is on `--help`: at most 0.3 s. The rest is for comparison: a verb's own help, and what importing torch would add.
+The bar is on `--help`: at most 0.3 s. The rest is for comparison: a verb's own help, and what importing torch adds.
 """
 
 import argparse

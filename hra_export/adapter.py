@@ -74,7 +74,9 @@ class HraAdapter:
         try:
             return compact_wy(self.chains[module], orthogonalize=self.orthogonalize, dtype=dtype)
         except NumericalError as error:
-            raise NumericalError(f"adapter `{self.label}`, target `{module}`: {error.message}", hint=error.hint) from error
+            raise NumericalError(
+                f"adapter `{self.label}`, target `{module}`: {error.message}", hint=error.hint
+            ) from error
 
 
 def read_adapter(directory: Path) -> HraAdapter:
@@ -200,7 +202,9 @@ def _read_config_bytes(directory: Path) -> bytes:
             hint="pass the directory that PEFT's `save_pretrained` wrote",
         )
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterError(f"`{path}` has {path.stat().st_size} bytes; an adapter config has at most {MAX_CONFIG_BYTES}")
+        raise AdapterError(
+            f"`{path}` has {path.stat().st_size} bytes; an adapter config has at most {MAX_CONFIG_BYTES}"
+        )
     return path.read_bytes()
 
 

@@ -24,7 +24,10 @@ WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
 # A pipeline's denoiser, the component that adapters are trained on.
 PIPELINE_COMPONENTS = ("unet", "transformer")
 # Weights in any format: an unmerged copy must not travel into a merged directory.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot")
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5"),
+    *(".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot"),
+)
 MAX_JSON_BYTES = 100_000_000
 SAMPLE_BYTES = 4096
 
@@ -66,8 +69,8 @@ class Checkpoint:
         """Files to carry along byte for byte, relative to `root`, sorted.
 
         Weights of the component are left out in every format, since only one of them is merged; so are hidden files,
-        the model card and an earlier manifest, which the merged directory gets anew. Layers that sentence-transformers
-        puts behind the model keep theirs.
+        adapters, and what the merged directory gets anew: the model card, an earlier manifest. Layers that
+        sentence-transformers puts behind the model keep theirs.
         """
         found = []
         for path in sorted(_walk(self.root)):
@@ -102,9 +105,12 @@ class Checkpoint:
     def _is_left_out(self, relative: PurePosixPath) -> bool:
         hidden = any(part.startswith(".") for part in relative.parts)
         index = self.index_name is not None and relative == PurePosixPath(self.component, self.index_name)
-        stale_index = relative.name.endswith(".index.json") and self._is_weights(relative.with_suffix("").with_suffix(""))
+        indexed = relative.with_suffix("").with_suffix("")
+        stale_index = relative.name.endswith(".index.json") and self._is_weights(indexed)
         anew = str(relative) in ("README.md", MANIFEST_NAME)
-        return hidden or index or stale_index or anew or self._is_weights(relative)
+        # transformers would load an adapter on top, above the base that its configuration names.
+        adapter = relative.name == "adapter_config.json"
+        return hidden or index or stale_index or anew or adapter or self._is_weights(relative)
 
     def _is_weights(self, relative: PurePosixPath) -> bool:
         inside = not self.component or relative.parts[0] == self.component
@@ -112,7 +118,7 @@ class Checkpoint:
 
     @cached_property
     def _further_layers(self) -> frozenset[str]:
-        """Folders in which sentence-transformers keeps layers behind the model, such as `2_Dense`, with their weights."""
+        """Folders in which sentence-transformers keeps layers behind the model, `2_Dense` say, with their weights."""
         path = self.root / MODULES_NAME
         try:
             modules = strict_json(path, path.read_bytes()) if path.is_file() else None
@@ -131,7 +137,8 @@ def open_checkpoint(root: Path) -> Checkpoint:
     """
     if not root.is_dir():
         raise CheckpointError(
-            f"base `{root}` is not a directory", hint="pass a transformers or diffusers directory, a Hub id or a .gguf file"
+            f"base `{root}` is not a directory",
+            hint="pass a transformers or diffusers directory, a Hub id or a .gguf file",
         )
     component = _component(root)
     directory = root / component

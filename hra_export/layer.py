@@ -11,6 +11,7 @@ from the uncast one, R leaves orthogonality by 2e-2 in bfloat16.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class Chain(nn.Module):
     def __init__(self, vectors: Tensor, *, orthogonalize: bool) -> None:
         super().__init__()
         dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
-        self.hra_u = nn.Parameter(vectors.detach().to(dtype, copy=True))
+        with torch.inference_mode(False):  # inference tensors do not count their changes, and can never be trained
+            self.hra_u = nn.Parameter(vectors.detach().to(dtype, copy=True))
         self.orthogonalize = orthogonalize
         self._cached: tuple[torch.dtype, torch.device, int, BlockReflector] | None = None
 
@@ -43,10 +45,11 @@ class Chain(nn.Module):
         """U in `dtype`, T in float32 or wider. Differentiable while `hra_u` requires gradients, else cached."""
         if self.hra_u.requires_grad and torch.is_grad_enabled():
             return _differentiable_reflector(self.hra_u.to(device), dtype, self.orthogonalize)
-        version = self.hra_u._version  # noqa: SLF001  torch's public way to see an in-place change is this counter
+        version = self.hra_u._version  # torch's public way to see an in-place change is this counter
         if self._cached is None or self._cached[:3] != (dtype, device, version):
-            exact = householder.compact_wy(self.hra_u, orthogonalize=self.orthogonalize)
-            self._cached = (dtype, device, version, _rounded(exact, dtype, device))
+            with torch.inference_mode(False):  # the cache outlives the mode
+                exact = householder.compact_wy(self.hra_u, orthogonalize=self.orthogonalize)
+                self._cached = (dtype, device, version, _rounded(exact, dtype, device))
         return self._cached[3]
 
 
@@ -65,7 +68,7 @@ class ReflectedLayer(nn.Module):
         self.enabled = True
         self.calls = 0
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         """Attributes of the base layer (`weight`, `bias`, `in_features`) show through: model code reads them."""
         try:
             return super().__getattr__(name)
@@ -83,7 +86,7 @@ class ReflectedLayer(nn.Module):
     def rotate(self, x: Tensor) -> Tensor:
         """x (…, d) → x Rᵀ, in x's dtype; the r×r part runs in float32 or wider."""
         # W R_1 R_2: the last chain meets the activations first.
-        for chain in reversed(self.chains):
+        for chain in reversed(_chains(self)):
             block = chain.reflector(x.dtype, x.device)
             coefficients = ((x @ block.u).to(block.t.dtype) @ block.t.T).to(x.dtype)  # (…, r)
             x = x - coefficients @ block.u.T
@@ -104,11 +107,11 @@ class ReflectedConv2d(ReflectedLayer):
         weight = self.base_layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         rows = weight.reshape(weight.shape[0], -1).to(wide)
-        chains = [chain.reflector(wide, weight.device) for chain in self.chains]
+        chains = [chain.reflector(wide, weight.device) for chain in _chains(self)]
         b, a = householder.low_rank_factors(rows, householder.compose(chains[0], *chains[1:]))
         kernels = a.reshape(-1, *weight.shape[1:]).to(x.dtype)  # (r, in, kh, kw)
         # torch's own helper applies stride, padding, padding mode and dilation as the base convolution does.
-        reduced = self.base_layer._conv_forward(x, kernels, None)  # noqa: SLF001
+        reduced = self.base_layer._conv_forward(x, kernels, None)
         return y + self.strength * nn.functional.conv2d(reduced, b.to(x.dtype)[:, :, None, None])
 
 
@@ -121,7 +124,7 @@ class ReflectedEmbedding(ReflectedLayer):
         rows = base_rows = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return rows
-        for chain in self.chains:
+        for chain in _chains(self):
             block = chain.reflector(rows.dtype, rows.device)
             coefficients = ((rows @ block.u).to(block.t.dtype) @ block.t).to(rows.dtype)
             rows = rows - coefficients @ block.u.T
@@ -149,7 +152,7 @@ class RotatedRegion(nn.Module):
             return weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         rows = base_rows = weight[self.index].movedim(self.input_axis, -1).to(wide)
-        for chain in self.chains:
+        for chain in _chains(self):
             rows = householder.rotate_rows(rows, chain.reflector(wide, weight.device))
         rows = torch.lerp(base_rows, rows, self.strength)
         rotated = weight.clone()
@@ -294,7 +297,7 @@ def _parameter_findings(model: nn.Module, parameters: Mapping[str, Tensor], save
             yield f"{name}: the model has no parameter of this name"
             continue
         shape, got = tuple(known[name].shape), tuple(value.shape)
-        # A saved head may have another number of labels, a saved embedding a longer vocabulary; nothing else may differ.
+        # A saved head may have another number of labels, a saved embedding a longer vocabulary; the rest must agree.
         resizable = len(shape) == len(got) > 0 and (name in saved or len(shape) > 1)
         if shape != got and not (resizable and shape[1:] == got[1:]):
             yield f"{name}: expected shape {shape}, got {got}"
@@ -304,7 +307,9 @@ def _features(path: str, module: nn.Module) -> int | None:
     """d of a target, None where the module does not say."""
     if isinstance(module, nn.Conv2d):
         if module.groups != 1:
-            raise UnsupportedModelError(f"`{path}` is a grouped convolution (groups={module.groups}), which HRA has not")
+            raise UnsupportedModelError(
+                f"`{path}` is a grouped convolution (groups={module.groups}), which HRA has not"
+            )
         return module.weight[0].numel()
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
@@ -339,6 +344,9 @@ def _install_chain(
 
 def _differentiable_reflector(vectors: Tensor, dtype: torch.dtype, orthogonalize: bool) -> BlockReflector:
     """Like `compact_wy`, in autograd's reach: no checks, and T from the cast U."""
+    vectors = vectors.to(torch.promote_types(vectors.dtype, dtype))
+    # A constant for autograd: R does not depend on it, and without it the squares of 1e-25 leave float32's range.
+    vectors = vectors / vectors.detach().abs().amax(dim=0)
     if orthogonalize:
         u = torch.linalg.qr(vectors).Q.to(dtype)
     else:
@@ -371,7 +379,7 @@ def _in_place_of(old: Tensor, value: Tensor) -> Tensor:
 
 
 def _install_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Swap parameters by name. The old ones are untouched, so a tie to another module is broken, not written through."""
+    """Swap parameters by name. The old ones are untouched: a tie to another module is broken, not written through."""
     for name, value in parameters.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -392,4 +400,4 @@ def _chains(layer: ReflectedLayer | RotatedRegion) -> list[Chain]:
 
 
 def _is_rotated(module: nn.Module, name: str) -> bool:
-    return any(isinstance(entry, RotatedRegion) for entry in module.parametrizations[name])  # type: ignore[index,union-attr]
+    return any(isinstance(entry, RotatedRegion) for entry in module.parametrizations[name])  # type: ignore[index]

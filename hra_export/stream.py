@@ -24,8 +24,7 @@ from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint
 from hra_export.errors import NumericalError, OutputError
 from hra_export.filesystem import as_output_error
-from hra_export.householder import BlockReflector
-from hra_export.plan import ChainSite, OutputTensor, Segment, Shard
+from hra_export.plan import OutputTensor, Segment, Shard
 from hra_export.tensorfile import DTYPES, TensorInfo, TensorLayout
 
 # Elements of a block: 4 MB of float64, which a core's share of the last-level cache holds beside its copy.
@@ -50,27 +49,32 @@ class TensorTally:
 
 @dataclass(frozen=True)
 class Fold:
-    """One fold, ready for blocks of rows: ΔW = −s (W · U T) Uᵀ."""
+    """One fold, ready for blocks of rows: ΔW = −s L A, with A (r, columns) the same for all, L (n, r) each block's own.
 
-    ut: Tensor  # (d, r)
-    u_t: Tensor  # (r, d)
-    gram: Tensor  # (r, r), UᵀU: turns coefficients into ‖ΔW‖
+    Where rows are output features, L = W · U T and A = Uᵀ. Where the weight is stored (d, o), L is the rows of U
+    themselves, and A = (Wᵀ · U T)ᵀ, which took a pass over the whole weight.
+    """
+
+    a: Tensor  # (r, columns)
+    gram: Tensor  # (r, r), A Aᵀ: turns L into ‖ΔW‖
     strength: float
+    ut: Tensor | None = None  # (columns, r), for L = W · U T
+    u: Tensor | None = None  # (rows of the segment, r), L itself
 
-    @classmethod
-    def of(cls, reflector: BlockReflector, strength: float, device: torch.device, dtype: torch.dtype) -> "Fold":
-        """Multiply U T out in the reflector's own precision, then round once to `dtype`."""
-        u, t = reflector.u, reflector.t
-        ut, u_t, gram = (part.to(device, dtype) for part in (u @ t, u.T.contiguous(), u.T @ u))
-        return cls(ut, u_t, gram, strength)
+    def left(self, rows: Tensor, first: int) -> Tensor:
+        """L of the rows that begin `first` rows into the segment."""
+        if self.ut is not None:
+            return rows @ self.ut
+        assert self.u is not None
+        return self.u[first : first + rows.shape[0]]
 
-    def add_delta_(self, weight: Tensor, coefficients: Tensor) -> None:
-        """weight += s ΔW, given coefficients = W · U T (n, r); a transposed view is changed through."""
-        weight.addmm_(coefficients, self.u_t, alpha=-self.strength)
+    def add_delta_(self, rows: Tensor, left: Tensor) -> None:
+        """rows += s ΔW."""
+        rows.addmm_(left, self.a, alpha=-self.strength)
 
-    def delta_squared(self, coefficients: Tensor) -> float:
-        """‖s ΔW‖² of a block, from its coefficients alone."""
-        return self.strength**2 * float(((coefficients @ self.gram) * coefficients).sum())
+    def delta_squared(self, left: Tensor) -> float:
+        """‖s ΔW‖² of a block, from its L alone."""
+        return self.strength**2 * float(((left @ self.gram) * left).sum())
 
 
 class Streamer:
@@ -164,24 +168,33 @@ class Streamer:
         future.add_done_callback(lambda _: self.slots.release())
         return future
 
-    def _blocks(
-        self, tensor: OutputTensor, target: TensorInfo, descriptor: int
-    ) -> Iterator[Callable[[], TensorTally]]:
-        columns = max(tensor.matrix_shape[1], 1)
-        row_bytes = columns * DTYPES[tensor.dtype][0] // 8
-        rows_at_once = max(1, BLOCK_ELEMENTS // columns)
+    def _blocks(self, tensor: OutputTensor, target: TensorInfo, descriptor: int) -> Iterator[Callable[[], TensorTally]]:
+        row_bytes = max(tensor.matrix_shape[1], 1) * DTYPES[tensor.dtype][0] // 8
         for segment in tensor.segments:
-            fold = self._fold(segment, tensor.dtype) if segment.chains else None
-            step = segment.stop - segment.start if segment.transposed else rows_at_once
-            for start in range(segment.start, segment.stop, max(step, 1)):
-                stop = min(start + step, segment.stop)
+            fold = self._fold(tensor, segment) if segment.chains else None
+            for start, stop in _steps(tensor, segment):
                 block = _Block(tensor, segment, start, stop, fold, descriptor, target.start + start * row_bytes)
                 yield lambda block=block: self._run(block)  # type: ignore[misc]  # the default binds this turn's block
 
-    def _fold(self, segment: Segment, dtype: str) -> Fold:
+    def _fold(self, tensor: OutputTensor, segment: Segment) -> Fold:
+        """Multiply U T out in the reflector's own precision, then round once to the precision of the fold."""
+        dtype = _compute_dtype(segment, tensor.dtype, self.device)
         chains = [self.adapters[site.adapter].reflector(site.module) for site in segment.chains]
         reflector = householder.compose(chains[0], *chains[1:])
-        return Fold.of(reflector, self.strength, self.device, _compute_dtype(segment, dtype, self.device))
+        u, ut = (part.to(self.device, dtype) for part in (reflector.u, reflector.u @ reflector.t))
+        if not segment.transposed:
+            gram = (reflector.u.T @ reflector.u).to(self.device, dtype)
+            return Fold(u.T.contiguous(), gram, self.strength, ut=ut)
+        a = self._coefficients(tensor, segment, ut).T.contiguous()
+        return Fold(a, a @ a.T, self.strength, u=u)
+
+    def _coefficients(self, tensor: OutputTensor, segment: Segment, ut: Tensor) -> Tensor:
+        """Wᵀ · U T (o, r) of a weight stored (d, o), block by block: its columns lie scattered over the file."""
+        total = ut.new_zeros(tensor.matrix_shape[1], ut.shape[1])
+        for start, stop in _steps(tensor, segment):
+            rows = self._read(_Block(tensor, segment, start, stop, None, -1, 0)).to(ut)
+            total.addmm_(rows.T, ut[start - segment.start : stop - segment.start])
+        return total
 
     def _run(self, block: "_Block") -> TensorTally:
         if block.is_plain_copy:
@@ -206,7 +219,9 @@ class Streamer:
                     raise
                 done = _pwrite_all(block.descriptor, memoryview(os.pread(source, left, offset)), target)
             if not done:
-                raise OutputError(f"`{self.files[block.segment.source.name]}` ended early: it was changed while being read")
+                raise OutputError(
+                    f"`{self.files[block.segment.source.name]}` ended early: it was changed while being read"
+                )
             offset, target, left = offset + done, target + done, left - done
 
     def _transform(self, block: "_Block") -> TensorTally:
@@ -285,6 +300,15 @@ class _Block:
         return self.fold is None and isinstance(source, TensorInfo) and source.dtype == self.tensor.dtype
 
 
+def _steps(tensor: OutputTensor, segment: Segment) -> Iterator[tuple[int, int]]:
+    """A segment's rows in runs of about a block."""
+    if not tensor.size_bytes:  # no columns; of rows there may be any number
+        return
+    rows_at_once = max(1, BLOCK_ELEMENTS // tensor.matrix_shape[1])
+    for start in range(segment.start, segment.stop, rows_at_once):
+        yield start, min(start + rows_at_once, segment.stop)
+
+
 def available_cores() -> int:
     """The cores this process may use."""
     with contextlib.suppress(AttributeError):
@@ -298,20 +322,18 @@ def _fold_and_round_(rows: Tensor, stored: Tensor, block: _Block, spare: Tensor)
     if fold is None:
         stored.copy_(rows)
         return TensorTally(0.0, _squared_distance_(spare.copy_(stored), rows))
-    # Stored as (d, o), the weight is the transposed view; R then acts on the stored matrix from the left.
-    weight = rows.T if block.segment.transposed else rows
-    coefficients = weight @ fold.ut  # (n, r)
-    delta = fold.delta_squared(coefficients)
+    left = fold.left(rows, block.start - block.segment.start)  # (n, r)
+    delta = fold.delta_squared(left)
     if stored.dtype != rows.dtype:
-        fold.add_delta_(weight, coefficients)
+        fold.add_delta_(rows, left)
         stored.copy_(rows)
         return TensorTally(delta, _squared_distance_(spare.copy_(stored), rows))
     # The sum itself is the rounding here: W − stored is exact to the last bit, and adding ΔW leaves the error.
     spare.copy_(rows)
-    fold.add_delta_(weight, coefficients)
+    fold.add_delta_(rows, left)
     stored.copy_(rows)
     spare.sub_(rows)
-    fold.add_delta_(spare.T if block.segment.transposed else spare, coefficients)
+    fold.add_delta_(spare, left)
     return TensorTally(delta, float(torch.dot(spare.view(-1), spare.view(-1))))
 
 

@@ -198,10 +198,10 @@ def strict_json(path: Path, text: bytes) -> object:
     try:
         parsed: object = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
         if b"\\u" in text:
-            json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair is no text, and could not be written
-        return parsed
+            json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair is no text: nothing can write it
     except (ValueError, RecursionError) as error:
         raise FormatError(f"`{path}` is not valid JSON: {error}") from error
+    return parsed
 
 
 def _header_bytes(path: Path, descriptor: int, file_size: int) -> bytes:
@@ -248,7 +248,7 @@ def _is_sizes(value: object) -> bool:
 
 
 def _is_shape(value: object) -> bool:
-    """Whether these are sizes whose product fits torch's int64, zeros counted as ones; stops at the first that does not."""
+    """Whether these are sizes whose product, zeros counted as ones, fits torch's int64; no product grows beyond it."""
     if not isinstance(value, list) or not _is_sizes(value):
         return False
     elements = 1

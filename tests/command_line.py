@@ -49,7 +49,7 @@ def run(*arguments: str | Path, encoding: str = "utf-8") -> Outcome:
             cli.main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code
-        except Exception:  # noqa: BLE001  what Python itself would do
+        except Exception:
             traceback.print_exc()
         finally:
             signal.signal(signal.SIGTERM, before)

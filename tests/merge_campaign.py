@@ -1,4 +1,4 @@
-"""Kill a merge at every system call it makes, and look at what it leaves. `test_interruption.py` runs this as a process.
+"""Kill a merge at every system call it makes, and look at what it leaves. `test_interruption.py` runs this.
 
     python merge_campaign.py fresh|overwrite FOLDER
 

@@ -1,4 +1,4 @@
-"""Checkpoints and adapters made of plain bytes: no torch, so that a process may fork after making them; sparse on demand.
+"""Checkpoints and adapters made of plain bytes: no torch, so that a process may fork after it; sparse on demand.
 
 A base is a llama in transformers' layout. Its tensors can be written as holes, so that a model of many gigabytes takes
 no space and no time.
@@ -6,14 +6,14 @@ no space and no time.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hra_export.tensorfile import lay_out, tensor_bytes
+from hra_export.tensorfile import lay_out
 
 RANK = 4
 VOCABULARY = 96
@@ -149,7 +149,7 @@ def write_base(
         write_tensors(directory / "model.safetensors", tensors)
         return directory
     names, count = list(tensors), -(-len(tensors) // shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         shard, own = f"model-{i + 1:05}-of-{shards:05}.safetensors", names[i * count : (i + 1) * count]
         write_tensors(directory / shard, {name: tensors[name] for name in own})
@@ -218,9 +218,4 @@ def read_tree(folder: Path) -> dict[str, bytes] | None:
 
 def names_beside(output: Path) -> list[str]:
     """What lies in the output's folder, the output left out."""
-    return sorted(name for name in os.listdir(output.parent) if name != output.name)
-
-
-def subset(names: Iterable[str], parts: Sequence[str]) -> list[str]:
-    """The names that hold one of `parts`."""
-    return [name for name in names if any(part in name for part in parts)]
+    return sorted(path.name for path in output.parent.iterdir() if path != output)

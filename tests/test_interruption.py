@@ -1,6 +1,4 @@
-"""Merges that are killed, interrupted, started again, and started twice: what is on disk, and whether the bytes agree."""
-
-# ruff: noqa: S603  processes are what is under test
+"""Merges that are killed, interrupted, started again, and started twice: what is on disk, do the bytes agree."""
 
 import json
 import os
@@ -60,7 +58,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="patches copy_f
 @pytest.fixture
 def fast_folder(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is one: the campaigns sync thousands of times."""
-    memory = Path("/dev/shm")  # noqa: S108  a unique folder is made inside
+    memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path
         return
@@ -96,7 +94,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def merge_arguments(folder: Path, *more: str) -> list[str]:
-    return ["merge", str(folder / "adapter"), "--base", str(folder / "base"), "-o", str(folder / "out" / "merged"), *more]
+    return [
+        "merge",
+        str(folder / "adapter"),
+        "--base",
+        str(folder / "base"),
+        "-o",
+        str(folder / "out" / "merged"),
+        *more,
+    ]
 
 
 def finished(output: Path) -> list[str]:
@@ -194,7 +200,9 @@ def test_merge_writes_the_same_bytes_whatever_number_of_threads_torch_was_left_w
     tmp_path: Path, orthogonalize: bool
 ) -> None:
     """A QR of this size gives other last bits on two threads than on one; float32 weights show them."""
-    write_base(tmp_path / "base", {"proj.weight": random_tensor(256, 2048), "up.weight": random_tensor(64, 512)}, config={})
+    write_base(
+        tmp_path / "base", {"proj.weight": random_tensor(256, 2048), "up.weight": random_tensor(64, 512)}, config={}
+    )
     chains = random_chains({"proj": 2048, "up": 512}, 32)
     write_adapter_files(tmp_path / "adapter", chains, rank=32, apply_GS=orthogonalize)
     before = torch.get_num_threads()

@@ -280,3 +280,45 @@ def test_lightly_trained_adapter_is_warned_about_in_bfloat16(tmp_path: Path) -> 
     _, kept = merge(tmp_path / "base", tmp_path / "wide", adapter, dtype="float32")
     assert "--dtype float32" in lost.warnings()[0]
     assert not kept.warnings()
+
+
+def test_pipeline_keeps_its_other_components_and_gets_its_denoiser_merged(tmp_path: Path) -> None:
+    """A diffusers pipeline as base: the adapter's names are those of the UNet in its sub-folder."""
+    from diffusers import UNet2DConditionModel
+
+    from tests.tiny_models import build
+
+    base, module = tmp_path / "base", "down_blocks.0.resnets.0.conv1"
+    build("unet").save_pretrained(base / "unet")
+    before = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    (base / "vae").mkdir()
+    save_file({"decoder.weight": torch.ones(2)}, base / "vae" / "diffusion_pytorch_model.safetensors")
+    (base / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    adapter = HraAdapter({module: torch.randn(32 * 9, RANK)}, rank=RANK)
+    merge_checkpoint(plan_merge(open_checkpoint(base), [adapter]), tmp_path / "merged", version="test")
+    written = {path.relative_to(tmp_path / "merged").as_posix() for path in (tmp_path / "merged").rglob("*.*")}
+    assert written == {
+        "README.md",
+        "hra_export_manifest.json",
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet")
+    exact = before[f"{module}.weight"].flatten(1).double() @ explicit_chain(adapter.chains[module])
+    got = merged.get_submodule(module).weight.flatten(1).double()
+    torch.testing.assert_close(got, exact, atol=ATOL_FP32, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fold_on_a_gpu_is_that_of_the_cpu_up_to_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_tensors({"proj.weight": torch.randn(300, 512).to(dtype)}, tmp_path / "base")
+    adapter = HraAdapter(chains(proj=512), rank=RANK)
+    plan = plan_merge(open_checkpoint(tmp_path / "base"), [adapter])
+    merge_checkpoint(plan, tmp_path / "cpu", version="test")
+    merge_checkpoint(plan, tmp_path / "gpu", version="test", device=torch.device("cuda"))
+    on_cpu, on_gpu = (load_file(tmp_path / name / "model.safetensors")["proj.weight"].float() for name in ("cpu", "gpu"))
+    one_rounding = 0.0 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(on_gpu, on_cpu, atol=1e-5, rtol=one_rounding)

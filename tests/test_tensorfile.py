@@ -50,9 +50,8 @@ def one(name: str = "a", **changes: object) -> dict[str, object]:
 
 def two(first: list[int], second: list[int]) -> dict[str, object]:
     """Two byte tensors at these offsets."""
-    return {
-        name: {"dtype": "U8", "shape": [at[1] - at[0]], "data_offsets": at} for name, at in (("a", first), ("b", second))
-    }
+    places = {"a": first, "b": second}
+    return {name: {"dtype": "U8", "shape": [at[1] - at[0]], "data_offsets": at} for name, at in places.items()}
 
 
 GOOD = container({"__metadata__": {"format": "pt"}, **one()})
@@ -128,6 +127,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "shape-of-two-to-the-64": (container(one(shape=[2**64 + 2])), "impossible shape"),
     "shape-overflows-before-a-zero": (container(one(shape=[2**32, 2**32, 0], data_offsets=[0, 0]), b""), "impossible"),
     "shape-huge-beside-a-zero": (container(one(shape=[2**64, 0], data_offsets=[0, 0]), b""), "impossible shape"),
+    "shape-huge-after-a-zero": (container(one(shape=[0, 2**64], data_offsets=[0, 0]), b""), "impossible shape"),
     "shape-too-large": (container(one(shape=[3])), "takes 12 bytes"),
     "shape-too-small": (container(one(shape=[1])), "takes 4 bytes"),
     "shape-scalar-of-two": (container(one(shape=[])), "takes 4 bytes"),
@@ -255,7 +255,7 @@ def test_a_hostile_header_is_refused_in_linear_time(header: bytes, tmp_path: Pat
 
 
 def test_repeated_keys_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="config.json` repeats the JSON key `r`"):
+    with pytest.raises(FormatError, match=r"config\.json` repeats the JSON key `r`"):
         strict_json(tmp_path / "config.json", b'{"q": 1, "r": 8, "r": 4}')
 
 
@@ -314,7 +314,7 @@ def test_metadata_the_library_writes_is_read_alike(metadata: dict[str, str] | No
 
 
 def test_names_the_library_writes_are_read_alike(tmp_path: Path) -> None:
-    names = ["", ".", "../x", "a b", "вес", "重み", "🤗", 'quo"te', "back\\slash", "line\nbreak", "nul\0", "dtype", "x" * 5000]
+    names = ["", ".", "../x", "a b", "вес", "重み", "🤗", 'quo"te', "back\\slash", "line\nbreak", "nul\0", "x" * 5000]
     tensors = {name: torch.tensor([float(i)]) for i, name in enumerate(names)}
     check_as_library(saved(tmp_path / "model.safetensors", tensors))
 
@@ -470,21 +470,23 @@ WRONG_ENTRY = st.fixed_dictionaries(
     }
 )
 
+WRONG_HEADER = st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), WRONG_ENTRY, max_size=2)
+
 
 @settings(REPEATABLE, max_examples=300)
-@given(header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), WRONG_ENTRY, max_size=2), size=st.integers(0, 16))
+@given(header=WRONG_HEADER, size=st.integers(0, 16))
 def test_what_the_library_refuses_we_refuse(
     tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any], size: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "almost.safetensors"
     path.write_bytes(container(header, b"\0" * size))
-    if not accepts(lambda: safe_open(path, "pt").__enter__().keys()):
-        assert not accepts(lambda: read_header(path))
+    if not accepts(safe_open, path):
+        assert not accepts(lambda path, _: read_header(path), path)
 
 
-def accepts(read: Callable[[], object]) -> bool:
+def accepts(read: Callable[[Path, str], object], path: Path) -> bool:
     try:
-        read()
+        read(path, "pt")
     except (FormatError, SafetensorError):
         return False
     return True

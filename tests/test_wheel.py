@@ -102,6 +102,7 @@ def test_converters_are_imported_under_the_package_alone(installed: Installed) -
 
 
 def test_converters_refuse_their_bare_name_in_the_checkout() -> None:
-    run = subprocess.run([sys.executable, "-c", "import converters"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", "import converters"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "import this folder as `hra_export.converters`, not as `converters`" in run.stderr

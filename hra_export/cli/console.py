@@ -3,11 +3,13 @@
 import io
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import click
 
@@ -32,7 +34,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """A line the user should act on, on stderr, quiet or not."""
-        click.echo(f"{click.style('warning:', bold=True)} {printable(text)}", err=True)
+        click.echo(f"{_styled('warning:', bold=True)} {printable(text)}", err=True)
 
     def result(self, text: str, data: dict[str, object]) -> None:
         """The result on stdout: a text for people, or one JSON object."""
@@ -60,7 +62,7 @@ def make_console(*, as_json: bool, quiet: bool, verbose: int) -> Console:
 
 def print_error(error: HraExportError, *, as_json: bool) -> None:
     """An error on stderr, and as one object on stdout when JSON was asked for."""
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(str(error))}", err=True)
+    click.echo(f"{_styled('error:', fg='red', bold=True)} {printable(str(error))}", err=True)
     if as_json:
         print_json_error(type(error).__name__, error.exit_code, error.message, error.findings, error.hint)
 
@@ -79,10 +81,15 @@ def _print_json(data: dict[str, object]) -> None:
 
 
 def make_streams_safe() -> None:
-    """Escape what a stream cannot encode, a Greek letter in Latin-1: a merge that is on disk must not end as a crash."""
+    """Escape what a stream cannot encode, a Greek letter in Latin-1: a merge on disk must not end as a crash."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _styled(text: str, **style: Any) -> str:
+    """Colour, which click drops by itself without a terminal, and we where `NO_COLOR` is set (https://no-color.org)."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, **style)
 
 
 def printable(text: str) -> str:

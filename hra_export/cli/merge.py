@@ -53,9 +53,7 @@ def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     show_default=True,
     help="Storage dtype of floating-point tensors.",
 )
-@click.option(
-    "--strength", type=float, default=1.0, show_default=True, callback=_finite, help="T in W + T (W R - W)."
-)
+@click.option("--strength", type=float, default=1.0, show_default=True, callback=_finite, help="T in W + T (W R - W).")
 @click.option("--max-shard-size", type=ByteSize(), help="Split anew, e.g. 5GB.  [default: the base's shards]")
 @options.device
 @options.dry_run
@@ -172,7 +170,8 @@ def _report_text(plan: "MergePlan", report: "MergeReport", seconds: float) -> st
     lines = [
         f"folded {len(report.folded)} tensors, copied {report.copied}: {size_text(report.size_bytes)} "
         f"in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}, {seconds:.1f} s",
-        f"rounding cost {report.loss:.2g} of ΔW" + (f" (worst {worst.loss or 0.0:.2g}, `{worst.name}`)" if worst else ""),
+        f"rounding cost {report.loss:.2g} of ΔW"
+        + (f" (worst {worst.loss or 0.0:.2g}, `{worst.name}`)" if worst else ""),
         f"wrote `{report.output}`",
     ]
     return "\n".join(lines)

@@ -44,7 +44,9 @@ def resolve_base(name: str | None, adapters: list[HraAdapter], console: Console)
     if path is not None:
         return _dequantize(path, console) if path.is_file() and path.suffix == ".gguf" else path
     if not HUB_ID.fullmatch(chosen):
-        raise CheckpointError(f"base `{chosen}` does not exist", hint="pass another with `--base`" if not name else None)
+        raise CheckpointError(
+            f"base `{chosen}` does not exist", hint="pass another with `--base`" if not name else None
+        )
     return _download(chosen, BASE_PATTERNS, what="base")
 
 

@@ -15,7 +15,7 @@ from hra_export.adapter import CONFIG_NAME, WEIGHTS_NAME, HraAdapter, read_adapt
 from hra_export.layer import attach
 from tests.tiny_models import MODELS, build, scores
 
-# Float32 on both sides; PEFT multiplies dense matrices where we rotate activations. Outputs are around 1. Measured: 1e-6.
+# Float32 on both sides; PEFT multiplies dense matrices where we rotate activations. Outputs are around 1, errors 1e-6.
 ATOL = 1e-5
 # PEFT warns when odd ranks start from random vectors and when a tied head is a target, and both are on purpose here.
 pytestmark = [
@@ -191,10 +191,11 @@ def test_saved_modules_may_hold_running_statistics(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base, x = Vision(), torch.randn(5, 3, 4, 4)
     start = {name: value.clone() for name, value in base.state_dict().items()}
-    reference = get_peft_model(base, HRAConfig(r=2, target_modules=["conv"], modules_to_save=["head"]))
+    reference: Any = get_peft_model(base, HRAConfig(r=2, target_modules=["conv"], modules_to_save=["head"]))
     move(reference)
     reference.train()(x)  # moves the statistics
-    reference.eval().save_pretrained(tmp_path / "a")
+    reference.eval()
+    reference.save_pretrained(tmp_path / "a")
     expected = reference(x).detach()
     adapter = read_adapter(tmp_path / "a")
     assert int(adapter.parameters["head.0.num_batches_tracked"]) == 1
@@ -213,7 +214,8 @@ def test_saved_modules_may_hold_running_statistics(tmp_path: Path) -> None:
 
 def test_peft_finds_the_class_of_a_model_without_a_task(tmp_path: Path) -> None:
     """`auto_mapping` must come back whole: PEFT reads both of its fields."""
-    build("bert").save_pretrained(tmp_path / "base")
+    base: Any = build("bert")
+    base.save_pretrained(tmp_path / "base")
     reference = peft_model("bert", target_modules=["query"])
     reference.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     reference.save_pretrained(tmp_path / "a")

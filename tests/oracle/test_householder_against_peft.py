@@ -1,5 +1,7 @@
 """R as stock PEFT computes it (`get_delta_weight`, float64 parameters) = R from the compact WY form."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import HRAConfig
@@ -14,21 +16,21 @@ ATOL64 = 1e-12
 ATOL32 = 1e-6
 
 
-def peft_layer(base: nn.Module, r: int, *, gram_schmidt: bool, paired: bool, dtype: torch.dtype) -> HRALinear | HRAConv2d:
+def peft_layer(base: nn.Module, r: int, *, gram_schmidt: bool, paired: bool, dtype: torch.dtype) -> Any:
     torch.manual_seed(r)
     config = HRAConfig(r=r, apply_GS=gram_schmidt, init_weights=paired)
     kind = HRAConv2d if isinstance(base, nn.Conv2d) else HRALinear
     return kind(base.requires_grad_(False), "default", config, r=r).to(dtype)
 
 
-def vectors(layer: HRALinear | HRAConv2d) -> Tensor:
+def vectors(layer: Any) -> Tensor:
     found: Tensor = layer.hra_u["default"].detach()
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("r", [1, 2, 7, 8])
-@pytest.mark.parametrize("base", [nn.Linear(20, 6), nn.Conv2d(6, 5, 3), nn.Conv2d(20, 5, 1)], ids=["linear", "conv", "conv1x1"])
+@pytest.mark.parametrize("base", [nn.Linear(20, 6), nn.Conv2d(6, 5, 3), nn.Conv2d(20, 5, 1)], ids=str)
 @pytest.mark.parametrize("gram_schmidt", [False, True], ids=["chain", "gram-schmidt"])
 def test_dense_reflector_is_that_of_peft(gram_schmidt: bool, base: nn.Module, r: int, dtype: torch.dtype) -> None:
     layer = peft_layer(base, r, gram_schmidt=gram_schmidt, paired=False, dtype=dtype)
@@ -49,8 +51,8 @@ def test_dense_reflector_is_that_of_peft_near_its_paired_start(r: int, spread: f
 
 
 @pytest.mark.parametrize("gram_schmidt", [False, True], ids=["chain", "gram-schmidt"])
-@pytest.mark.parametrize("base", [nn.Linear(20, 6), nn.Conv2d(6, 5, 3)], ids=["linear", "conv"])
-def test_folded_weight_is_the_one_peft_merges(base: nn.Module, gram_schmidt: bool) -> None:
+@pytest.mark.parametrize("base", [nn.Linear(20, 6), nn.Conv2d(6, 5, 3)], ids=str)
+def test_folded_weight_is_the_one_peft_merges(base: Any, gram_schmidt: bool) -> None:
     """For a convolution this also fixes the order of the patch: (in, kh, kw), rows of U alike."""
     before = base.double().weight.detach().clone()
     layer = peft_layer(base, 4, gram_schmidt=gram_schmidt, paired=False, dtype=torch.float64)
