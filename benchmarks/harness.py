@@ -50,7 +50,9 @@ def run_once(contender: Contender) -> Run:
         process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - started
     if process.returncode:
-        raise RuntimeError(f"{contender.name} ended with {process.returncode}:\n{text.decode(errors='replace')[-2000:]}")
+        raise RuntimeError(
+            f"{contender.name} ended with {process.returncode}:\n{text.decode(errors='replace')[-2000:]}"
+        )
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
@@ -73,7 +75,9 @@ def median(runs: Sequence[Run], field: str = "wall") -> float:
 
 def machine() -> dict[str, object]:
     """What the figures were taken on."""
-    names = {line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line}
+    names = {
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    }
     return {
         "processor": ", ".join(sorted(names)) or platform.processor(),
         "cores": os.cpu_count(),

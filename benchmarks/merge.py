@@ -94,7 +94,11 @@ def _measure(name: str, work: Path, rounds: int, peft_rounds: int) -> tuple[list
 
     merge = [sys.executable, "-m", "hra_export", "merge", str(adapter), "--base", str(base), "--output", str(output)]
     copy = ["sh", "-c", f"cp -r '{base}' '{output}' && sync"]
-    quick = [Contender("cp", copy, clear), Contender("start-up", [*merge, "--dry-run"], clear), Contender("merge", merge, clear)]
+    quick = [
+        Contender("cp", copy, clear),
+        Contender("start-up", [*merge, "--dry-run"], clear),
+        Contender("merge", merge, clear),
+    ]
     peft = Contender("peft", [sys.executable, "-c", PEFT_MERGE, str(base), str(adapter), str(output)], clear)
     # One run: PEFT's turns lie between two halves of the others'.
     runs = interleave(quick, -(-rounds // 2))
@@ -113,7 +117,7 @@ def _measure(name: str, work: Path, rounds: int, peft_rounds: int) -> tuple[list
         f"{wall['peft'] / wall['merge']:.1f}",
         *(f"{median(runs[key], 'peak_bytes') / 1e6:.0f}" for key in ("merge", "peft")),
     ]
-    return row, as_data(runs)
+    return row, dict(as_data(runs))
 
 
 def _make(name: str, base: Path, adapter: Path) -> None:

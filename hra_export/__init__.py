@@ -43,7 +43,7 @@ _ORIGIN = {
     "write_adapter": "adapter",
 }
 
-__all__ = ["__version__", *_ORIGIN]  # noqa: PLE0604  the table is the list
+__all__ = ["__version__", *_ORIGIN]
 
 __version__ = metadata.version("hra-export")
 

@@ -189,7 +189,7 @@ class Layout:
             # Model classes fail in every way on a config they were not written for; each failure is reported below.
             try:
                 model = architecture.build_on_meta(architecture.find_class(name), self._config)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 self._reasons.append(f"{name}: {error}".splitlines()[0])
                 continue
             if type(model) not in [type(view.names.model) for view in self._views]:

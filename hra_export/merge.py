@@ -95,10 +95,9 @@ class MergeReport:
         if self.loss < VISIBLE_LOSS:
             return []
         worst = max(self.folded, key=lambda tensor: tensor.loss or 0.0)
-        return [
-            f"rounding to {worst.dtype} changed ΔW by {self.loss:.1%} (worst: `{worst.name}`, {worst.loss or 0.0:.0%}): "
-            "the adapter is small beside the last bit of these weights. `--dtype float32` keeps it"
-        ]
+        share = f"{self.loss:.1%} (worst: `{worst.name}`, {worst.loss or 0.0:.0%})"
+        reason = "the adapter is small beside the last bit of these weights. `--dtype float32` keeps it"
+        return [f"rounding to {worst.dtype} changed ΔW by {share}: {reason}"]
 
 
 def merge_checkpoint(

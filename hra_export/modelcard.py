@@ -1,6 +1,6 @@
 """The model card of a merged directory: where it comes from, in the front matter that the Hub understands."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hra_export.plan import MergePlan
@@ -16,8 +16,13 @@ def merged_card(plan: "MergePlan") -> str:
     base = next((adapter.base for adapter in plan.adapters if adapter.base), None)
     inherited = {key: value for key, value in _front_matter(plan).items() if key in INHERITED}
     library = "diffusers" if plan.base.component or "_class_name" in plan.base.config else "transformers"
-    fields = {"library_name": library, **inherited, "tags": ["hra", "merge"], "base_model_relation": "merge"}
-    if base is not None and not base.startswith((".", "~")) and base.count("/") == 1 and not base.startswith("/"):
+    fields: dict[str, Any] = {
+        "library_name": library,
+        **inherited,
+        "tags": ["hra", "merge"],
+        "base_model_relation": "merge",
+    }
+    if base is not None and not base.startswith((".", "~", "/")) and base.count("/") == 1:
         fields["base_model"] = base  # a Hub id; a path on somebody's disk says nothing to others
     data = ModelCardData(**fields).to_yaml(line_break="\n")
     adapters = "\n".join(

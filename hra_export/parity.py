@@ -121,7 +121,9 @@ def compare(name: str, reference: Array, candidate: Array, base: Array, *, logit
 
     Args:
         name: for the report.
-        reference, candidate, base: the same shape (…, n).
+        reference: (…, n), PyTorch with live layers.
+        candidate: (…, n), what is judged.
+        base: (…, n), without the adapter.
         logits: the last axis holds scores over classes or a vocabulary.
 
     Raises:
@@ -191,9 +193,8 @@ def judge(
                 "rounding noise: there is no effect to judge"
             )
         elif output.effect_error > tolerance.effect:
-            found.append(
-                f"{output.name}: the adapter's effect is off by {output.effect_error:.2%}, allowed {tolerance.effect:.2%}"
-            )
+            off = f"{output.effect_error:.2%}, allowed {tolerance.effect:.2%}"
+            found.append(f"{output.name}: the adapter's effect is off by {off}")
         if output.kl is not None and output.kl > tolerance.kl:
             found.append(f"{output.name}: KL divergence {output.kl:.1e} nats, allowed {tolerance.kl:.0e}")
     return ParityReport(dtype, tolerance, tuple(outputs), tuple(found), tuple(notes))

@@ -9,7 +9,7 @@ Every adapter tensor is used exactly once, or planning fails with all the reason
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint
 from hra_export.errors import MismatchError, NumericalError, UnsupportedModelError
 from hra_export.layout import Layout, Region, may_have_conv1d, read_layout
-from hra_export.tensorfile import DTYPES, FLOAT_DTYPES, TensorInfo, dtype_name, tensor_bytes
+from hra_export.tensorfile import FLOAT_DTYPES, TensorInfo, dtype_name, tensor_bytes
 
 DtypeChoice = Literal["keep", "float32", "bfloat16", "float16"]
 STORED_DTYPES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -275,7 +275,9 @@ class _Draft:
         source = self.layout.tied_source(parameter) if self.base.config else None
         if source is not None:
             return (self._untie(parameter, source),)
-        known = self.layout.regions(parameter) if self.base.config and (direct is None or self._is_stacked(direct)) else ()
+        known = (
+            self.layout.regions(parameter) if self.base.config and (direct is None or self._is_stacked(direct)) else ()
+        )
         return known or (() if direct is None else (self._direct_region(module, direct),))
 
     def _direct_region(self, module: str, name: str) -> Region:
@@ -322,7 +324,9 @@ class _Draft:
             return
         stored = self.layout.new_name(name) if self.base.config else name
         self.values[stored] = [(None, value)]
-        self.config_changes.update(self.layout.head_config_changes(name, tuple(value.shape)) if self.base.config else {})
+        self.config_changes.update(
+            self.layout.head_config_changes(name, tuple(value.shape)) if self.base.config else {}
+        )
         self.notes.append(f"`{name}` is not in the base; the merged model gets it from the adapter")
 
     def _replace(self, name: str, regions: Sequence[Region], value: Tensor) -> None:
@@ -389,7 +393,7 @@ def _segments(
     cuts = {0, rows, *(edge for run in runs for edge in run), *(edge for source in sources for edge in source[:2])}
     edges = sorted(cuts)
     segments = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         chains, transposed = next((fold for run, fold in runs.items() if run[0] <= start < run[1]), ((), False))
         source, source_start = next(
             ((value, start - first + done) for first, last, value, done in sources if first <= start < last),
@@ -400,7 +404,7 @@ def _segments(
 
 
 def _refuse_overlap(name: str, runs: Sequence[tuple[int, int]]) -> None:
-    for (_, stop), (start, _) in zip(runs, runs[1:], strict=False):
+    for (_, stop), (start, _) in pairwise(runs):
         if start < stop:
             raise MismatchError(f"two targets of the adapter claim the same rows of `{name}`")
 
@@ -471,5 +475,9 @@ def _shards(base: Checkpoint, tensors: Sequence[OutputTensor], max_bytes: int | 
         size += tensor.size_bytes
     stem = base.files[0].path.name.removesuffix(".safetensors").split("-0")[0]
     total = len(groups)
-    shard_names = [f"{stem}.safetensors"] if total == 1 else [f"{stem}-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
+    shard_names = (
+        [f"{stem}.safetensors"]
+        if total == 1
+        else [f"{stem}-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
+    )
     return tuple(Shard(name, tuple(group), metadata) for name, group in zip(shard_names, groups, strict=True))

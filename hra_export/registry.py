@@ -1,5 +1,8 @@
-"""Converters by name. They are strings here, loaded on use, because nothing may import `hra_export.converters` statically:
-the folder lies beside the package in the repository, and type checkers see it under another name."""
+"""Converters by name.
+
+They are strings here, loaded on use: nothing may import `hra_export.converters` statically, because the folder lies
+beside the package in the repository, and type checkers see it under another name.
+"""
 
 from importlib import import_module
 from types import ModuleType

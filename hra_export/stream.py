@@ -231,7 +231,7 @@ class Streamer:
         rows.copy_(self._read(block))
         stored = self._buffer("stored", block.shape, _torch_dtype(block.tensor.dtype), torch.device("cpu"))
         tally = _fold_and_round_(rows, stored, block, self._buffer("spare", block.shape, dtype, self.device))
-        _pwrite_all(block.descriptor, memoryview(stored.view(-1).view(torch.uint8).numpy()), block.offset)
+        _pwrite_all(block.descriptor, _bytes_of(stored), block.offset)
         return tally
 
     def _read(self, block: "_Block") -> Tensor:
@@ -240,7 +240,7 @@ class Streamer:
         if isinstance(source, Tensor):
             return source.reshape(-1, block.shape[1])[first : first + block.shape[0]]
         raw = self._buffer("raw", block.shape, _torch_dtype(source.dtype), torch.device("cpu"))
-        view = memoryview(raw.view(-1).view(torch.uint8).numpy())
+        view = _bytes_of(raw)
         path = self.files[source.name]
         offset, done = block.source_offset, 0
         while done < len(view):
@@ -352,6 +352,11 @@ def _compute_dtype(segment: Segment, stored: str, device: torch.device) -> torch
 def _torch_dtype(name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, DTYPES[name][1])
     return dtype
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, not copied."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _pwrite_all(descriptor: int, view: memoryview, offset: int) -> int:

@@ -43,10 +43,21 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Probe:
-    """One input: its name in the report, and how to run a model on it."""
+    """One input, its name in the report, and whether all but its last token come from a cache."""
 
     name: str
-    run: Callable[[nn.Module], Outputs]
+    inputs: Mapping[str, Tensor]
+    cached: bool = False
+
+    @torch.inference_mode()
+    def run(self, model: nn.Module) -> Outputs:
+        """What a model makes of it."""
+        if self.cached:
+            ids = self.inputs["input_ids"]
+            past = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+            return _collect(model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True))
+        hidden = {} if "sample" in self.inputs else {"output_hidden_states": True}
+        return _collect(model(**self.inputs, **hidden))
 
 
 def validate_merged(
@@ -175,10 +186,10 @@ def _token_probes(model: nn.Module, config: Any, generator: torch.Generator) -> 
     for count in TOKEN_COUNTS:
         ids = torch.randint(text.vocab_size, (BATCH, count), generator=generator)
         decoder = {"decoder_input_ids": ids.flip(1)} if config.is_encoder_decoder else {}
-        yield Probe(f"{count} tokens", lambda model, ids=ids, more=decoder: _forward(model, input_ids=ids, **more))
+        yield Probe(f"{count} token{'s' * (count > 1)}", {"input_ids": ids, **decoder})
     if hasattr(model, "generate") and not config.is_encoder_decoder and model.can_generate():  # type: ignore[operator]
         ids = torch.randint(text.vocab_size, (BATCH, PREFIX + 1), generator=generator)
-        yield Probe("1 token after a cached prefix", lambda model, ids=ids: _cached_forward(model, ids))
+        yield Probe("1 token after a cached prefix", {"input_ids": ids}, cached=True)
 
 
 def _image_probes(config: Any, generator: torch.Generator) -> Iterator[Probe]:
@@ -186,7 +197,7 @@ def _image_probes(config: Any, generator: torch.Generator) -> Iterator[Probe]:
     size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
     for count in (1, BATCH):
         pixels = torch.randn(count, getattr(vision, "num_channels", 3), size, size, generator=generator)
-        yield Probe(f"{count} images", lambda model, pixels=pixels: _forward(model, pixel_values=pixels))
+        yield Probe(f"{count} image{'s' * (count > 1)}", {"pixel_values": pixels})
 
 
 def _denoiser_probes(config: Any, generator: torch.Generator) -> Iterator[Probe]:
@@ -197,19 +208,7 @@ def _denoiser_probes(config: Any, generator: torch.Generator) -> Iterator[Probe]
         inputs: dict[str, Tensor] = {"sample": sample, "timestep": torch.tensor(step)}
         if width is not None:
             inputs["encoder_hidden_states"] = torch.randn(BATCH, 7, width, generator=generator)
-        yield Probe(f"time step {step}", lambda model, inputs=inputs: _forward(model, **inputs))
-
-
-@torch.inference_mode()
-def _forward(model: nn.Module, **inputs: Tensor) -> Outputs:
-    hidden = {} if "sample" in inputs else {"output_hidden_states": True}
-    return _collect(model(**inputs, **hidden))
-
-
-@torch.inference_mode()
-def _cached_forward(model: nn.Module, ids: Tensor) -> Outputs:
-    past = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
-    return _collect(model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True))
+        yield Probe(f"time step {step}", inputs)
 
 
 def _collect(result: Mapping[str, Any]) -> Outputs:

@@ -5,7 +5,6 @@ no space and no time.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

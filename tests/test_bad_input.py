@@ -810,7 +810,7 @@ def test_merge_refuses_as_a_process(damage: Damage, scene: Scene) -> None:
 
 
 def test_base_of_the_hub_is_not_fetched_when_offline(scene: Scene) -> None:
-    arguments = ["merge", scene.adapter, "--base", "nobody/no-such-model", "--output", scene.output]
+    arguments: list[str | Path] = ["merge", scene.adapter, "--base", "nobody/no-such-model", "--output", scene.output]
     says = ["cannot fetch base `nobody/no-such-model` from the Hub (HF_HUB_OFFLINE is set)"]
     check_refused(scene, arguments, 6, says, run_process)
 

@@ -148,9 +148,9 @@ def test_pip_steps_install_a_working_command(tmp_path: Path) -> None:
             for old, new in moved.items():
                 command = command.replace(old, new)
             subprocess.run(command, shell=True, cwd=source, env=os.environ | variables, check=True)
-    run = subprocess.run([tmp_path / "venv/bin/hra-export", "--version"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout == f"hra-export, version {metadata.version('hra-export')}\n"
-    check = [tmp_path / "venv/bin/python", "-m", "pip", "check"]
-    subprocess.run(check, cwd=tmp_path, check=True)
+    binaries = tmp_path / "venv" / "bin"
+    version = subprocess.run([binaries / "hra-export", "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout == f"hra-export, version {metadata.version('hra-export')}\n"
+    subprocess.run([str(binaries / "python"), "-m", "pip", "check"], check=True)
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
     assert wheel.name.startswith("hra_export-")

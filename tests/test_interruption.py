@@ -86,8 +86,10 @@ def test_merge_killed_at_any_call_leaves_old_or_complete_and_can_be_run_again(fa
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A base in three shards and an adapter on all of its linear layers."""
-    write_base(tmp_path / "base", toy_tensors(), shards=3)
+    """A base in three shards, two of them merely to be copied, and an adapter on all of its linear layers."""
+    tensors = toy_tensors()
+    copied = {f"model.extra.{i}.weight": random_tensor(8, 8, seed=i) for i in range(2 * len(tensors))}
+    write_base(tmp_path / "base", {**tensors, **copied}, shards=3)
     write_adapter_files(tmp_path / "adapter", random_chains(linear_modules()))
     (tmp_path / "out").mkdir()
     return tmp_path
@@ -142,7 +144,7 @@ def test_merge_interrupted_leaves_the_output_as_it_was_and_goes_on_next_time(
         sent = time.monotonic()
         stdout, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code
-    assert time.monotonic() - sent < 3  # the copies still to be made would take longer
+    assert time.monotonic() - sent < 8  # the copies still to be made would take 10 s
     assert stdout == ""
     assert f"{says}; the output path is as it was" in stderr
     assert "Traceback" not in stderr

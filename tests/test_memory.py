@@ -21,7 +21,7 @@ NOISE_BYTES = 100 * 2**20
 
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory: pytest.TempPathFactory) -> MemoryRun:
-    return measure(llama(1, 4096), tmp_path_factory.mktemp("memory"))
+    return measure(llama(1, 6144), tmp_path_factory.mktemp("memory"))
 
 
 def test_merge_stays_within_its_bound(one_layer: MemoryRun) -> None:
@@ -35,7 +35,7 @@ def test_merge_takes_blocks_and_no_whole_tensor(one_layer: MemoryRun) -> None:
 
 
 def test_merge_of_three_layers_takes_no_more_than_one_of_one(one_layer: MemoryRun, tmp_path: Path) -> None:
-    three = measure(llama(3, 4096), tmp_path)
+    three = measure(llama(3, 6144), tmp_path)
     assert three.checkpoint_bytes > 1.5 * one_layer.checkpoint_bytes
     assert three.beyond_bytes <= three.bound_bytes
     assert three.peak_bytes <= one_layer.peak_bytes + NOISE_BYTES
@@ -43,7 +43,7 @@ def test_merge_of_three_layers_takes_no_more_than_one_of_one(one_layer: MemoryRu
 
 def test_merge_that_casts_stays_within_its_bound(one_layer: MemoryRun, tmp_path: Path) -> None:
     """Every tensor goes through memory then, and comes out twice as large."""
-    cast = measure(llama(1, 4096), tmp_path, options=["--dtype", "float32"])
+    cast = measure(llama(1, 6144), tmp_path, options=["--dtype", "float32"])
     assert cast.beyond_bytes <= cast.bound_bytes
     assert cast.peak_bytes <= one_layer.peak_bytes + NOISE_BYTES
 

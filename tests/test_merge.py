@@ -38,7 +38,7 @@ def chains(**features: int) -> dict[str, Tensor]:
 
 def save_model(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     """Save with transformers or diffusers; the tensors as they lie on disk."""
-    model.save_pretrained(directory)  # type: ignore[operator]
+    model.save_pretrained(directory)
     (path,) = directory.glob("*.safetensors")
     return load_file(path)
 
@@ -83,7 +83,10 @@ def test_gpt2_weights_are_folded_on_their_first_axis(tmp_path: Path) -> None:
     before = save_model(GPT2LMHeadModel(GPT2Config(**sizes)), tmp_path / "base")
     block = "transformer.h.0."
     adapter = HraAdapter(
-        {f"{block}{name}": vectors for name, vectors in chains(attn__c_attn=32, attn__c_proj=32, mlp__c_proj=128).items()},
+        {
+            f"{block}{name}": vectors
+            for name, vectors in chains(attn__c_attn=32, attn__c_proj=32, mlp__c_proj=128).items()
+        },
         rank=RANK,
     )
     after, _ = merge(tmp_path / "base", tmp_path / "merged", adapter)
@@ -140,7 +143,9 @@ def test_chain_of_a_stacked_expert_parameter_reaches_every_expert_on_disk(tmp_pa
     """transformers 5 stacks experts in memory and stores them one by one."""
     before = save_model(mixtral(), tmp_path / "base")
     vectors = chains(up=32)["up"]
-    after, _ = merge(tmp_path / "base", tmp_path / "merged", HraAdapter({f"{EXPERTS}.gate_up_proj": vectors}, rank=RANK))
+    after, _ = merge(
+        tmp_path / "base", tmp_path / "merged", HraAdapter({f"{EXPERTS}.gate_up_proj": vectors}, rank=RANK)
+    )
     for expert in range(3):
         for weight in ("w1", "w3"):
             name = f"{OLD_EXPERTS}.{expert}.{weight}.weight"
@@ -152,11 +157,18 @@ def test_chain_of_a_stacked_expert_parameter_reaches_every_expert_on_disk(tmp_pa
 def test_chains_of_single_experts_reach_their_rows_of_a_stacked_tensor(tmp_path: Path) -> None:
     """An adapter from transformers 4, where experts were modules, on a checkpoint that stores them stacked."""
     model = mixtral()
-    model.save_pretrained(tmp_path / "base", save_original_format=False)  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "base", save_original_format=False)
     before = load_file(tmp_path / "base" / "model.safetensors")
     assert f"{EXPERTS}.gate_up_proj" in before
     adapter = HraAdapter(
-        {f"{OLD_EXPERTS}.{name}": vectors for name, vectors in {"1.w1": torch.randn(32, RANK), "2.w3": torch.randn(32, RANK), "0.w2": torch.randn(24, RANK)}.items()},
+        {
+            f"{OLD_EXPERTS}.{name}": vectors
+            for name, vectors in {
+                "1.w1": torch.randn(32, RANK),
+                "2.w3": torch.randn(32, RANK),
+                "0.w2": torch.randn(24, RANK),
+            }.items()
+        },
         rank=RANK,
     )
     after, _ = merge(tmp_path / "base", tmp_path / "merged", adapter)
@@ -176,13 +188,17 @@ def test_transposed_experts_are_folded_on_their_own_axis_and_live_layers_agree(t
 
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
     experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
-    config = GptOssConfig(**sizes, **experts, num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention"])
+    config = GptOssConfig(
+        **sizes, **experts, num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention"]
+    )
     model = GptOssForCausalLM(config).eval()
     with torch.no_grad():  # the released initialization leaves the experts' weights empty
         for value in model.parameters():
             value.copy_(0.2 * torch.randn_like(value))
     before = save_model(model, tmp_path / "base")
-    adapter = HraAdapter({f"{EXPERTS}.{name}": torch.randn(32, RANK) for name in ("gate_up_proj", "down_proj")}, rank=RANK)
+    adapter = HraAdapter(
+        {f"{EXPERTS}.{name}": torch.randn(32, RANK) for name in ("gate_up_proj", "down_proj")}, rank=RANK
+    )
     after, _ = merge(tmp_path / "base", tmp_path / "merged", adapter)
     for name, vectors in adapter.chains.items():
         exact = explicit_chain(vectors).T @ before[name].double()
@@ -225,7 +241,11 @@ def test_new_classifier_is_added_and_named_in_the_config(tmp_path: Path) -> None
     module = "encoder.layer.0.attention.self.query"
     head = {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
     adapter = HraAdapter(
-        {f"bert.{module}": torch.randn(32, RANK)}, rank=RANK, parameters=head, modules_to_save=("classifier",), task="SEQ_CLS"
+        {f"bert.{module}": torch.randn(32, RANK)},
+        rank=RANK,
+        parameters=head,
+        modules_to_save=("classifier",),
+        task="SEQ_CLS",
     )
     after, _ = merge(tmp_path / "base", tmp_path / "merged", adapter)
     exact = before[f"{module}.weight"].double() @ explicit_chain(adapter.chains[f"bert.{module}"])
@@ -258,7 +278,7 @@ def test_reported_loss_is_the_rounding_of_delta(dtype: torch.dtype, tmp_path: Pa
 
 @pytest.mark.parametrize("angle", [0.5, 0.005], ids=["trained", "lightly-trained"])
 def test_bfloat16_is_the_exact_fold_rounded_once(angle: float, tmp_path: Path) -> None:
-    """Rounding in float64 goes through float32 in torch, which may turn a tie: at most 2⁻¹⁶ of elements, by one step."""
+    """torch rounds float64 through float32, which may turn a tie: at most 2⁻¹⁶ of elements, by one step."""
     weight = (0.02 * torch.randn(256, 512)).bfloat16()
     half = torch.randn(512, RANK // 2).repeat_interleave(2, dim=1)
     adapter = HraAdapter({"proj": half + angle * torch.randn(512, RANK)}, rank=RANK)
@@ -319,6 +339,8 @@ def test_fold_on_a_gpu_is_that_of_the_cpu_up_to_float32(dtype: torch.dtype, tmp_
     plan = plan_merge(open_checkpoint(tmp_path / "base"), [adapter])
     merge_checkpoint(plan, tmp_path / "cpu", version="test")
     merge_checkpoint(plan, tmp_path / "gpu", version="test", device=torch.device("cuda"))
-    on_cpu, on_gpu = (load_file(tmp_path / name / "model.safetensors")["proj.weight"].float() for name in ("cpu", "gpu"))
+    on_cpu, on_gpu = (
+        load_file(tmp_path / name / "model.safetensors")["proj.weight"].float() for name in ("cpu", "gpu")
+    )
     one_rounding = 0.0 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(on_gpu, on_cpu, atol=1e-5, rtol=one_rounding)

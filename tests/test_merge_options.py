@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hra_export import stream
 from hra_export.checkpoint import MANIFEST_NAME
 from tests.command_line import ENVIRONMENT, PROGRAM, Outcome, run
 from tests.synthetic import (
@@ -269,6 +270,28 @@ def test_merge_composes_adapters_in_the_order_given(folder: Path) -> None:
     np.testing.assert_allclose(results["adapter"], base @ first @ second, atol=1e-7)
     np.testing.assert_allclose(results["second"], base @ second @ first, atol=1e-7)
     assert np.abs(results["adapter"] - results["second"]).max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
+def test_merge_folds_weights_stored_in_out_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """GPT-2's: R acts on columns of the stored matrix, which are spread over all blocks."""
+    monkeypatch.setattr(stream, "BLOCK_ELEMENTS", 200)
+    module = "transformer.h.0.attn.c_attn"
+    weight, embedding = random_tensor(32, 96, dtype=dtype), random_tensor(50, 32, dtype=dtype)
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 1, "n_head": 4}
+    tensors = {"transformer.wte.weight": embedding, f"{module}.weight": weight}
+    write_base(tmp_path / "base", tensors, config={**config, "vocab_size": 50})
+    write_adapter_files(tmp_path / "adapter", random_chains({module: 32}))
+    merged = merge(tmp_path, "--strength", "0.75")[f"{module}.weight"]
+    base = weight.values()
+    delta = 0.75 * (chain(tmp_path, module).T @ base - base)
+    np.testing.assert_allclose(merged.values(), base + delta, rtol=ROUNDING.get(dtype, 2.0**-50) * 1.001, atol=1e-15)
+    entry = json.loads((tmp_path / "merged" / MANIFEST_NAME).read_text())["tensors"][f"{module}.weight"]
+    assert entry["delta_norm"] == pytest.approx(np.linalg.norm(delta), rel=1e-6)
+    if dtype != "F64":
+        assert entry["rounding_norm"] == pytest.approx(np.linalg.norm(merged.values() - base - delta), rel=1e-3)
 
 
 def test_merge_reads_the_base_of_the_adapter_when_none_is_given(folder: Path) -> None:

@@ -1,4 +1,4 @@
-# ruff: noqa: PT012, S603  what is under test are `with` blocks and processes
+# ruff: noqa: PT012  what is under test are `with` blocks and processes
 
 import errno
 import fcntl
@@ -73,7 +73,7 @@ def beside(output: Path, role: str) -> Path:
 @pytest.fixture
 def fast_folder(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is one: these tests sync thousands of times."""
-    memory = Path("/dev/shm")  # noqa: S108  a unique folder is made inside
+    memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path
         return
@@ -107,7 +107,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
     if os.geteuid() == 0 and subprocess.run(mount, check=False, capture_output=True).returncode == 0:
         yield folder
-        subprocess.run(["umount", str(folder)], check=True)  # noqa: S607
+        subprocess.run(["umount", str(folder)], check=True)
         return
 
     def allocate(fd: int, _offset: int, length: int) -> None:

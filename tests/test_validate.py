@@ -91,7 +91,7 @@ def test_half_strength_is_judged_against_half_strength(tmp_path: Path) -> None:
 def test_head_that_the_base_lacks_is_judged_by_the_chains_effect(tmp_path: Path) -> None:
     """A headless BertModel becomes a classifier of five labels; the base's own head would be random."""
     model = build("bert")
-    model.bert.save_pretrained(tmp_path / "base")  # type: ignore[operator, union-attr]
+    model.bert.save_pretrained(tmp_path / "base")
     chains = make_adapter("bert", tmp_path / "base").chains
     head = {"classifier.weight": torch.randn(5, 32), "classifier.bias": torch.randn(5)}
     adapter = HraAdapter(
@@ -130,7 +130,11 @@ def stored_as_bfloat16(folder: Path, output: Path) -> None:
 
 
 def with_a_nan(folder: Path, output: Path) -> None:
-    edit(folder, output, lambda tensor: tensor.index_fill(0, torch.tensor([0]), float("nan")) if tensor.ndim > 1 else tensor)
+    edit(
+        folder,
+        output,
+        lambda tensor: tensor.index_fill(0, torch.tensor([0]), float("nan")) if tensor.ndim > 1 else tensor,
+    )
 
 
 def edit(folder: Path, output: Path, change: Callable[[Tensor], Tensor]) -> None:

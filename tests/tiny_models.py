@@ -143,7 +143,18 @@ def _unet() -> nn.Module:
     )
 
 
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "proj_in"]
+UNET_TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "proj_in",
+]
 DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "type_vocab_size": 0}
 
 MODELS: dict[str, TinyModel] = {
@@ -161,7 +172,9 @@ MODELS: dict[str, TinyModel] = {
     "gemma": TinyModel(_decoder("Gemma", head_dim=8, tie_word_embeddings=True), token_inputs),
     "phi3": TinyModel(_decoder("Phi3"), token_inputs),
     "gpt-neox": TinyModel(_decoder("GPTNeoX"), token_inputs),
-    "gpt-neox-head": TinyModel(_decoder("GPTNeoX"), token_inputs, ["query_key_value", "dense_4h_to_h", "embed_out", "lm_head"]),
+    "gpt-neox-head": TinyModel(
+        _decoder("GPTNeoX"), token_inputs, ["query_key_value", "dense_4h_to_h", "embed_out", "lm_head"]
+    ),
     "opt": TinyModel(_opt, token_inputs, options={"bias": "all"}),
     "t5": TinyModel(_t5, seq2seq_inputs),
     "bert": TinyModel(

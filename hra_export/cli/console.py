@@ -107,7 +107,7 @@ def size_text(size_bytes: float) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], *, header: bool = True, right: Sequence[int] = ()) -> str:
-    """Rows in columns two spaces apart; the first row is underlined when it is a header, `right` columns align right."""
+    """Rows in columns two spaces apart; a header is underlined, columns in `right` are aligned to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(

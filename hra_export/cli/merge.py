@@ -136,7 +136,7 @@ def _plan_text(plan: "MergePlan", output: Path) -> str:
     files = f"{len(plan.shards)} file{'s' * (len(plan.shards) != 1)}"
     lines = [
         table(rows, right=(1, 2)),
-        f"would write {size_text(plan.size_bytes)} in {files} to `{output}`, with {plan.flop() / 1e9:.2f} GFLOP of folds",
+        f"would write {size_text(plan.size_bytes)} in {files} to `{output}`, folds of {plan.flop() / 1e9:.2f} GFLOP",
         *(f"not copied: `{path}`, unmerged weights" for path in plan.base.left_out()),
         *(f"config.json: {key} becomes {value!r}" for key, value in plan.config_changes.items()),
         *(f"note: {note}" for note in plan.notes),
@@ -167,9 +167,9 @@ def _report_data(plan: "MergePlan", report: "MergeReport", seconds: float) -> di
 
 def _report_text(plan: "MergePlan", report: "MergeReport", seconds: float) -> str:
     worst = max(report.folded, key=lambda tensor: tensor.loss or 0.0, default=None)
+    size, files = size_text(report.size_bytes), f"{len(plan.shards)} file{'s' * (len(plan.shards) != 1)}"
     lines = [
-        f"folded {len(report.folded)} tensors, copied {report.copied}: {size_text(report.size_bytes)} "
-        f"in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}, {seconds:.1f} s",
+        f"folded {len(report.folded)} tensors, copied {report.copied}: {size} in {files}, {seconds:.1f} s",
         f"rounding cost {report.loss:.2g} of ΔW"
         + (f" (worst {worst.loss or 0.0:.2g}, `{worst.name}`)" if worst else ""),
         f"wrote `{report.output}`",

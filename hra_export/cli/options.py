@@ -50,8 +50,11 @@ def talk(command: Callable[P, R]) -> Callable[..., R]:
     @click.option("-v", "--verbose", count=True, help="More on stderr; twice for every tensor.")
     @click.option("--debug", is_flag=True, help="Show tracebacks of refused input.")
     @wraps(command)
-    def wrapped(*args: P.args, as_json: bool, quiet: bool, verbose: int, debug: bool, **kwargs: P.kwargs) -> R:
-        kwargs["console"] = make_console(as_json=as_json, quiet=quiet, verbose=2 if debug else verbose)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        as_json, quiet = bool(kwargs.pop("as_json")), bool(kwargs.pop("quiet"))
+        debug, verbose = kwargs.pop("debug"), kwargs.pop("verbose")
+        level = 2 if debug or not isinstance(verbose, int) else verbose
+        kwargs["console"] = make_console(as_json=as_json, quiet=quiet, verbose=level)
         return command(*args, **kwargs)
 
     return wrapped

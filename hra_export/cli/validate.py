@@ -67,11 +67,11 @@ def _text(report: "ParityReport") -> str:
         figures = [f"{output.effect_error:.2e}", f"{output.effect_size:.2g}", f"{output.max_abs:.1e}"]
         rows.append([output.name, *figures, f"{output.relative:.1e}", kl, top1])
     verdict = "parity holds" if report.ok else f"parity FAILS ({len(report.findings)} findings)"
+    worst = f"off by at most {report.effect_error:.2e} (allowed {report.tolerance.effect:.2g})"
     lines = [
         table(rows, right=range(1, 7)),
         *report.notes,
         *(f"finding: {finding}" for finding in report.findings),
-        f"{verdict}: {report.dtype} weights, the adapter's effect is off by at most {report.effect_error:.2e} "
-        f"(allowed {report.tolerance.effect:.2g})",
+        f"{verdict}: {report.dtype} weights, the adapter's effect is {worst}",
     ]
     return "\n".join(lines)

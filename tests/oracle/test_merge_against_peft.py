@@ -53,15 +53,16 @@ def merge(base: Path, adapter: Path, output: Path, **options: Any) -> MergeRepor
 
 @pytest.mark.parametrize("gram_schmidt", [False, True], ids=["chain", "gram-schmidt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", [name for name in MODELS])
+@pytest.mark.parametrize("name", list(MODELS))
 def test_merged_outputs_are_those_of_peft(name: str, dtype: torch.dtype, gram_schmidt: bool, tmp_path: Path) -> None:
     model = build(name).to(dtype)
     model.save_pretrained(tmp_path / "base")
-    model = type(model).from_pretrained(tmp_path / "base", torch_dtype=torch.float32).eval()
+    model_class: Any = type(model)
+    model = model_class.from_pretrained(tmp_path / "base", torch_dtype=torch.float32).eval()
     start = outputs_of(name, model)
     _, reference = train_adapter(name, model, tmp_path / "adapter", gram_schmidt=gram_schmidt)
     report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    merged = type(model).from_pretrained(tmp_path / "merged", torch_dtype=torch.float32).eval()
+    merged = model_class.from_pretrained(tmp_path / "merged", torch_dtype=torch.float32).eval()
     found = parity.compare(name, reference.numpy(), outputs_of(name, merged).numpy(), start.numpy(), logits=False)
     assert found.effect_size > 1e-3
     allowed = EFFECT_FP32 if dtype == torch.float32 else max(EFFECT_FP32, EFFECT_PER_ROUNDING * report.loss)

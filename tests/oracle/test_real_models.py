@@ -58,7 +58,8 @@ def test_smollm2_merged_has_the_logits_of_peft(tmp_path: Path) -> None:
     assert found.top1 == 1
     embeddings = "model.embed_tokens.weight"
     assert torch.equal(
-        load_file(tmp_path / "merged" / "model.safetensors")[embeddings], load_file(base / "model.safetensors")[embeddings]
+        load_file(tmp_path / "merged" / "model.safetensors")[embeddings],
+        load_file(base / "model.safetensors")[embeddings],
     )
 
 
