@@ -187,6 +187,16 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+def begin_writeback(fd: int, offset: int, size_bytes: int) -> None:
+    """Ask the kernel to write a range to the disk while the work goes on, so that the fsync at the end finds little.
+
+    Source: Linux `mm/fadvise.c`: DONTNEED starts writing the range's dirty pages, and drops those that are clean.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)
+
+
 def copy_bytes(source: int, target: int, size_bytes: int) -> int:
     """Copy the first `size_bytes` of one file over those of another, in the kernel where it can.
 

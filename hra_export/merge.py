@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -163,6 +164,8 @@ def _write_shards(
         plan.base, plan.adapters, strength=plan.strength, device=device, workers=workers, progress=progress
     )
 
+    turn = threading.Lock()  # to compute; a shard that is only being flushed lets the next one begin
+
     def write(shard: Shard) -> dict[str, TensorTally]:
         name = str(PurePosixPath(plan.base.component, shard.name))
         if stage.is_finished(name):
@@ -170,7 +173,8 @@ def _write_shards(
                 progress(sum(tensor.size_bytes for tensor in shard.tensors))
             return {key: TensorTally(*sums) for key, sums in json.loads(stage.note(name)).items()}
         tallies: dict[str, TensorTally] = {}
-        with stage.create(name, layouts[shard.name].size_bytes, note=lambda: _tallies_note(tallies)) as descriptor:
+        size = layouts[shard.name].size_bytes
+        with stage.create(name, size, note=lambda: _tallies_note(tallies)) as descriptor, turn:
             tallies.update(streamer.write_shard(shard, layouts[shard.name], descriptor))
         return tallies
 

@@ -23,7 +23,7 @@ from hra_export import householder
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint
 from hra_export.errors import NumericalError, OutputError
-from hra_export.filesystem import as_output_error
+from hra_export.filesystem import as_output_error, begin_writeback
 from hra_export.plan import OutputTensor, Segment, Shard
 from hra_export.tensorfile import DTYPES, TensorInfo, TensorLayout
 
@@ -31,6 +31,8 @@ from hra_export.tensorfile import DTYPES, TensorInfo, TensorLayout
 BLOCK_ELEMENTS = 1 << 19
 # Blocks waiting for each worker: enough to keep it busy, few enough that the factors of waiting folds stay small.
 QUEUE_PER_WORKER = 4
+# More threads than this wait for memory and disk, and each holds about 16 MB.
+MAX_WORKERS = 16
 NO_COPY_FILE_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 Progress = Callable[[int], None]
@@ -58,13 +60,14 @@ class Fold:
     a: Tensor  # (r, columns)
     gram: Tensor  # (r, r), A Aᵀ: turns L into ‖ΔW‖
     strength: float
-    ut: Tensor | None = None  # (columns, r), for L = W · U T
+    ut: Tensor | None = None  # (r, columns), the transpose of U T, for L = W · U T
     u: Tensor | None = None  # (rows of the segment, r), L itself
 
     def left(self, rows: Tensor, first: int) -> Tensor:
         """L of the rows that begin `first` rows into the segment."""
         if self.ut is not None:
-            return rows @ self.ut
+            # This way round the product of a wide and a narrow matrix takes half the time.
+            return (self.ut @ rows.T).T
         assert self.u is not None
         return self.u[first : first + rows.shape[0]]
 
@@ -85,7 +88,7 @@ class Streamer:
         adapters: the adapters that planned chains refer to.
         strength: of every fold.
         device: where folds are computed.
-        workers: threads; None takes the cores this process may use.
+        workers: threads; None takes the cores this process may use, up to `MAX_WORKERS`.
         progress: called with the bytes of each block written, from any thread.
     """
 
@@ -104,7 +107,7 @@ class Streamer:
         self.device = device
         self.progress = progress
         self.files = {name: file.path for file in base.files for name in file.tensors}
-        self.workers = workers or available_cores()
+        self.workers = workers or min(available_cores(), MAX_WORKERS)
         self.slots = threading.BoundedSemaphore(self.workers * QUEUE_PER_WORKER)
         self.buffers = threading.local()
 
@@ -184,7 +187,7 @@ class Streamer:
         u, ut = (part.to(self.device, dtype) for part in (reflector.u, reflector.u @ reflector.t))
         if not segment.transposed:
             gram = (reflector.u.T @ reflector.u).to(self.device, dtype)
-            return Fold(u.T.contiguous(), gram, self.strength, ut=ut)
+            return Fold(u.T.contiguous(), gram, self.strength, ut=ut.T.contiguous())
         a = self._coefficients(tensor, segment, ut).T.contiguous()
         return Fold(a, a @ a.T, self.strength, u=u)
 
@@ -232,6 +235,7 @@ class Streamer:
         stored = self._buffer("stored", block.shape, _torch_dtype(block.tensor.dtype), torch.device("cpu"))
         tally = _fold_and_round_(rows, stored, block, self._buffer("spare", block.shape, dtype, self.device))
         _pwrite_all(block.descriptor, _bytes_of(stored), block.offset)
+        begin_writeback(block.descriptor, block.offset, block.size_bytes)
         return tally
 
     def _read(self, block: "_Block") -> Tensor:

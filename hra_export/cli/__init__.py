@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             print_json_error(type(error).__name__, error.exit_code, error.format_message())
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; the output path is as it was", err=True)
+        click.echo("interrupted; the output is as it was, or complete", err=True)
         code = 130
     except HraExportError as error:
         if "--debug" in arguments:
@@ -78,5 +78,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    click.echo("terminated; the output path is as it was", err=True)
+    click.echo("terminated; the output is as it was, or complete", err=True)
     raise SystemExit(128 + number)
