@@ -17,7 +17,7 @@ from benchmarks.harness import report
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import open_checkpoint
 from hra_export.merge import merge_checkpoint
-from hra_export.plan import plan_merge
+from hra_export.planning import plan_merge
 
 FEATURES, OUT, RANK = 2048, 2048, 8
 
@@ -69,7 +69,7 @@ def _merged(weight: Tensor, vectors: Tensor) -> Tensor:
         base.mkdir()
         save_file({"proj.weight": weight}, base / "model.safetensors")
         plan = plan_merge(open_checkpoint(base), [HraAdapter({"proj": vectors}, rank=RANK)])
-        merge_checkpoint(plan, Path(folder, "merged"), version="benchmark")
+        merge_checkpoint(plan, Path(folder, "merged"))
         return load_file(Path(folder, "merged", "model.safetensors"))["proj.weight"]
 
 

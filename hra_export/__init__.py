@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from hra_export.adapter import HraAdapter as HraAdapter
     from hra_export.adapter import read_adapter as read_adapter
     from hra_export.adapter import write_adapter as write_adapter
+    from hra_export.attachment import attach as attach
     from hra_export.checkpoint import Checkpoint as Checkpoint
     from hra_export.checkpoint import open_checkpoint as open_checkpoint
     from hra_export.errors import HraExportError as HraExportError
     from hra_export.householder import BlockReflector as BlockReflector
     from hra_export.householder import compact_wy as compact_wy
     from hra_export.inspection import inspect_adapter as inspect_adapter
-    from hra_export.layer import attach as attach
     from hra_export.merge import MergeReport as MergeReport
     from hra_export.merge import merge_checkpoint as merge_checkpoint
     from hra_export.parity import ParityReport as ParityReport
     from hra_export.plan import MergePlan as MergePlan
-    from hra_export.plan import plan_merge as plan_merge
+    from hra_export.planning import plan_merge as plan_merge
     from hra_export.validate import validate_merged as validate_merged
 
 _ORIGIN = {
@@ -32,12 +32,12 @@ _ORIGIN = {
     "MergePlan": "plan",
     "MergeReport": "merge",
     "ParityReport": "parity",
-    "attach": "layer",
+    "attach": "attachment",
     "compact_wy": "householder",
     "inspect_adapter": "inspection",
     "merge_checkpoint": "merge",
     "open_checkpoint": "checkpoint",
-    "plan_merge": "plan",
+    "plan_merge": "planning",
     "read_adapter": "adapter",
     "validate_merged": "validate",
     "write_adapter": "adapter",

@@ -18,7 +18,8 @@ from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint
 from hra_export.errors import CheckpointError, NumericalError
 from hra_export.householder import BlockReflector
-from hra_export.plan import STORED_DTYPES, OutputTensor, Segment, plan_merge
+from hra_export.plan import STORED_DTYPES, OutputTensor, Segment
+from hra_export.planning import plan_merge
 from hra_export.tensorfile import DTYPES, TensorFile
 
 # Elements of a block: 8 MB of float64, and a few of them at a time.

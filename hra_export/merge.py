@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -105,7 +106,6 @@ def merge_checkpoint(
     plan: MergePlan,
     output: Path,
     *,
-    version: str,
     overwrite: bool = False,
     device: torch.device | None = None,
     workers: int | None = None,
@@ -119,7 +119,6 @@ def merge_checkpoint(
     Args:
         plan: from `plan_merge`.
         output: directory to be made.
-        version: of the tool, for the manifest.
         overwrite: replace an earlier merge of ours.
         device: where folds are computed; the CPU by default, since the work is memory traffic.
         workers: threads; the cores at hand by default.
@@ -135,7 +134,7 @@ def merge_checkpoint(
     companions = _companions(plan)
     size = sum(layout.size_bytes for layout in layouts.values()) + sum(p.stat().st_size for p in companions.values())
     protected = [plan.base.root, *(adapter.path for adapter in plan.adapters if adapter.path is not None)]
-    key = _key(plan, fingerprint, version)
+    key = _key(plan, fingerprint)
     with publish.stage(output, key=key, size_bytes=size, overwrite=overwrite, protected=protected) as stage:
         tallies = _write_shards(plan, stage, layouts, device or torch.device("cpu"), workers, progress)
         for name, source in companions.items():
@@ -143,7 +142,7 @@ def merge_checkpoint(
         for name, data in _generated_files(plan).items():
             stage.write_bytes(name, data)
         report = _report(plan, output, tallies)
-        stage.publish(MANIFEST_NAME, _manifest(plan, report, fingerprint, version))
+        stage.publish(MANIFEST_NAME, _manifest(plan, report, fingerprint))
     return report
 
 
@@ -238,10 +237,10 @@ def _generated_files(plan: MergePlan) -> dict[str, bytes]:
     return files
 
 
-def _key(plan: MergePlan, fingerprint: str, version: str) -> str:
+def _key(plan: MergePlan, fingerprint: str) -> str:
     """What makes two merges the same work: inputs, options and tool."""
     described = {
-        "version": version,
+        "version": metadata.version("hra-export"),
         "base": fingerprint,
         "adapters": [adapter.digest for adapter in plan.adapters],
         "strength": plan.strength,
@@ -251,11 +250,11 @@ def _key(plan: MergePlan, fingerprint: str, version: str) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
-def _manifest(plan: MergePlan, report: MergeReport, fingerprint: str, version: str) -> bytes:
+def _manifest(plan: MergePlan, report: MergeReport, fingerprint: str) -> bytes:
     """What was done, for people and for `hra-export validate`. No times and no machine: equal inputs, equal bytes."""
     manifest = {
         "schema_version": 1,
-        "tool": {"name": "hra-export", "version": version},
+        "tool": {"name": "hra-export", "version": metadata.version("hra-export")},
         "base": {"name": plan.base.root.name, "component": plan.base.component, "fingerprint": fingerprint},
         "adapters": [
             {

@@ -87,6 +87,9 @@ class Fold:
 class Streamer:
     """Worker threads and their buffers, for the length of one merge; a context manager.
 
+    Inside it torch runs one thread for each worker; torch keeps that setting for the whole process, and it is put back
+    at the end.
+
     Args:
         base: the checkpoint that planned segments refer to.
         adapters: the adapters that planned chains refer to.

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from hra_export import parity
 from hra_export.adapter import HraAdapter
+from hra_export.attachment import attach
 from hra_export.checkpoint import MANIFEST_NAME, Checkpoint, open_checkpoint
 from hra_export.errors import CheckpointError, UnsupportedModelError
-from hra_export.layer import attach
 from hra_export.layout import load_class
 from hra_export.parity import OutputParity, ParityReport
 from hra_export.tensorfile import DTYPES, FLOAT_DTYPES, strict_json

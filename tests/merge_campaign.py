@@ -24,7 +24,7 @@ from hra_export.checkpoint import open_checkpoint
 from hra_export.errors import OutputError
 from hra_export.merge import merge_checkpoint
 from hra_export.places import Places, valid_record
-from hra_export.plan import plan_merge
+from hra_export.planning import plan_merge
 from tests.killing import lives
 from tests.synthetic import (
     names_beside,
@@ -57,7 +57,7 @@ def merge(folder: Path, output: Path, *, adapter: str = "adapter", overwrite: bo
     """Merge as the command line does; an output that is complete already may be refused."""
     plan = plan_merge(open_checkpoint(folder / "base"), [read_adapter(folder / adapter)])
     try:
-        merge_checkpoint(plan, output, version="test", overwrite=overwrite, workers=2)
+        merge_checkpoint(plan, output, overwrite=overwrite, workers=2)
     except OutputError:
         if overwrite or read_tree(output) != read_tree(folder / "uninterrupted"):
             raise

@@ -31,10 +31,10 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("validate",), ("inspection", "effect"), ("environment",), ("training",), ("converters",)],
     # carries a plan out: as weights, as a graph
     [("merge",), ("graph",)],
-    # works on planned tensors and describes them
-    [("stream",), ("modelcard",)],
-    # decides what becomes of every tensor: in files, in a live model
-    [("plan",), ("layer",)],
+    # makes a plan, streams planned tensors, describes them
+    [("planning", "placement"), ("stream",), ("modelcard",)],
+    # what becomes of every tensor: in files, in a live model
+    [("plan",), ("attachment", "layer")],
     # knows one kind of thing each: adapters, bases, output directories, models' names and shapes, the torch operator
     [("adapter",), ("checkpoint",), ("publish", "replacement", "places"), ("layout", "conversions"), ("reflection",)],
     # knows nothing of its neighbours: algebra, names, measures, containers, file systems, model classes

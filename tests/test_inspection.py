@@ -214,12 +214,12 @@ def test_inspect_adapter_reads_in_blocks_of_any_size(tmp_path: Path, monkeypatch
 
 def test_inspect_adapter_agrees_with_what_a_merge_reports(tmp_path: Path) -> None:
     from hra_export.merge import merge_checkpoint
-    from hra_export.plan import plan_merge
+    from hra_export.planning import plan_merge
 
     _, base = llama(tmp_path / "base", torch.bfloat16)
     chains = {f"model.layers.0.self_attn.{name}": vectors(32, 4, spread=0.05) for name in ("q_proj", "v_proj")}
     adapter, checkpoint = HraAdapter(chains, rank=4), open_checkpoint(base)
-    merged = merge_checkpoint(plan_merge(checkpoint, [adapter]), tmp_path / "merged", version="0")
+    merged = merge_checkpoint(plan_merge(checkpoint, [adapter]), tmp_path / "merged")
     effect = inspect_adapter(adapter, checkpoint).effect
     assert effect is not None
     assert effect.delta_norm == pytest.approx(merged.delta_norm, rel=1e-4)

@@ -19,7 +19,7 @@ from hra_export.adapter import read_adapter
 from hra_export.checkpoint import MANIFEST_NAME, open_checkpoint
 from hra_export.merge import merge_checkpoint
 from hra_export.places import Places, valid_record
-from hra_export.plan import plan_merge
+from hra_export.planning import plan_merge
 from tests.command_line import ENVIRONMENT, run
 from tests.synthetic import (
     Sizes,
@@ -185,7 +185,7 @@ def test_merge_with_other_options_does_not_take_up_what_an_interrupted_one_left(
 
 def merge(folder: Path, output: str, **options: Any) -> dict[str, bytes]:
     plan = plan_merge(open_checkpoint(folder / "base"), [read_adapter(folder / "adapter")])
-    merge_checkpoint(plan, folder / output, version="test", **options)
+    merge_checkpoint(plan, folder / output, **options)
     tree = read_tree(folder / output)
     assert tree is not None
     return tree
@@ -253,7 +253,7 @@ def test_merge_of_an_adapter_changed_meanwhile_starts_over(folder: Path) -> None
 
     plan = plan_merge(open_checkpoint(folder / "base"), [read_adapter(folder / "adapter")])
     with pytest.raises(KeyboardInterrupt):
-        merge_checkpoint(plan, output, version="test", workers=1, progress=stop)
+        merge_checkpoint(plan, output, workers=1, progress=stop)
     assert finished(output)
     shutil.rmtree(folder / "adapter")
     write_adapter_files(folder / "adapter", random_chains(linear_modules(), seed=7))

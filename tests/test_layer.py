@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hra_export.adapter import HraAdapter
+from hra_export.attachment import Attachment, attach
 from hra_export.errors import MismatchError, NumericalError, UnsupportedModelError
 from hra_export.householder import BlockReflector, compact_wy, dense, orthogonality_error
-from hra_export.layer import Attachment, Chain, ReflectedConv2d, ReflectedLayer, attach
+from hra_export.layer import Chain, ReflectedConv2d, ReflectedLayer
 from tests.tiny_models import MODELS, build, scores
 
 # Float64 on both sides: a few hundred terms a sum.

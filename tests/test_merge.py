@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hra_export.adapter import HraAdapter
+from hra_export.attachment import attach
 from hra_export.checkpoint import open_checkpoint
 from hra_export.errors import MismatchError, UnsupportedModelError
-from hra_export.layer import attach
 from hra_export.merge import MergeReport, merge_checkpoint
-from hra_export.plan import plan_merge
+from hra_export.planning import plan_merge
 
 # One float32 rounding of values below 1, and a float32 product over at most a few hundred features before it.
 ATOL_FP32 = 2e-6
@@ -51,7 +51,7 @@ def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Te
 
 def merge(base: Path, output: Path, *adapters: HraAdapter, **options: Any) -> tuple[dict[str, Tensor], MergeReport]:
     plan = plan_merge(open_checkpoint(base), adapters, **options)
-    report = merge_checkpoint(plan, output, version="test")
+    report = merge_checkpoint(plan, output)
     (path,) = output.glob("*.safetensors")
     return load_file(path), report
 
@@ -315,7 +315,7 @@ def test_pipeline_keeps_its_other_components_and_gets_its_denoiser_merged(tmp_pa
     save_file({"decoder.weight": torch.ones(2)}, base / "vae" / "diffusion_pytorch_model.safetensors")
     (base / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     adapter = HraAdapter({module: torch.randn(32 * 9, RANK)}, rank=RANK)
-    merge_checkpoint(plan_merge(open_checkpoint(base), [adapter]), tmp_path / "merged", version="test")
+    merge_checkpoint(plan_merge(open_checkpoint(base), [adapter]), tmp_path / "merged")
     written = {path.relative_to(tmp_path / "merged").as_posix() for path in (tmp_path / "merged").rglob("*.*")}
     assert written == {
         "README.md",
@@ -337,8 +337,8 @@ def test_fold_on_a_gpu_is_that_of_the_cpu_up_to_float32(dtype: torch.dtype, tmp_
     save_tensors({"proj.weight": torch.randn(300, 512).to(dtype)}, tmp_path / "base")
     adapter = HraAdapter(chains(proj=512), rank=RANK)
     plan = plan_merge(open_checkpoint(tmp_path / "base"), [adapter])
-    merge_checkpoint(plan, tmp_path / "cpu", version="test")
-    merge_checkpoint(plan, tmp_path / "gpu", version="test", device=torch.device("cuda"))
+    merge_checkpoint(plan, tmp_path / "cpu")
+    merge_checkpoint(plan, tmp_path / "gpu", device=torch.device("cuda"))
     on_cpu, on_gpu = (
         load_file(tmp_path / name / "model.safetensors")["proj.weight"].float() for name in ("cpu", "gpu")
     )

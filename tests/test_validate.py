@@ -16,7 +16,7 @@ from hra_export.checkpoint import MANIFEST_NAME, open_checkpoint
 from hra_export.cli import cli
 from hra_export.merge import merge_checkpoint
 from hra_export.parity import ParityReport
-from hra_export.plan import plan_merge
+from hra_export.planning import plan_merge
 from hra_export.validate import validate_merged
 from tests.tiny_models import build
 
@@ -63,7 +63,7 @@ def prepare(name: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> P
 
 def merge(folder: Path, adapter: HraAdapter, output: Path, **options: str) -> None:
     plan = plan_merge(open_checkpoint(folder / "base"), [adapter], **options)  # type: ignore[arg-type]
-    merge_checkpoint(plan, output, version="test")
+    merge_checkpoint(plan, output)
 
 
 def judge(folder: Path, candidate: Path, dtype: str | None = None) -> ParityReport:
@@ -82,7 +82,7 @@ def test_half_strength_is_judged_against_half_strength(tmp_path: Path) -> None:
     folder = prepare("llama", tmp_path)
     adapter = read_adapter(folder / "adapter")
     plan = plan_merge(open_checkpoint(folder / "base"), [adapter], strength=0.5)
-    merge_checkpoint(plan, tmp_path / "half", version="test")
+    merge_checkpoint(plan, tmp_path / "half")
     assert judge(folder, tmp_path / "half").ok
     whole = validate_merged([adapter], folder / "base", tmp_path / "half", strength=1.0)
     assert whole.effect_error == pytest.approx(0.5, abs=0.1)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hra_export import __version__
 from hra_export.cli import options
 from hra_export.cli.console import Console, size_text, table
 
@@ -83,7 +82,7 @@ def command(
     from hra_export.cli.devices import resolve_device
     from hra_export.cli.sources import resolve_adapter, resolve_base
     from hra_export.merge import merge_checkpoint
-    from hra_export.plan import plan_merge
+    from hra_export.planning import plan_merge
 
     started = time.perf_counter()
     chosen = resolve_device(device)
@@ -98,9 +97,7 @@ def command(
     for note in plan.notes:
         console.say(f"note: {note}")
     with console.bytes_bar("merge", plan.size_bytes) as progress:
-        report = merge_checkpoint(
-            plan, output, version=__version__, overwrite=overwrite, device=chosen, progress=progress
-        )
+        report = merge_checkpoint(plan, output, overwrite=overwrite, device=chosen, progress=progress)
     for warning in report.warnings():
         console.warn(warning)
     seconds = time.perf_counter() - started

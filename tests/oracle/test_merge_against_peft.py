@@ -12,7 +12,7 @@ from hra_export import parity
 from hra_export.adapter import read_adapter
 from hra_export.checkpoint import open_checkpoint
 from hra_export.merge import MergeReport, merge_checkpoint
-from hra_export.plan import plan_merge
+from hra_export.planning import plan_merge
 from tests.tiny_models import MODELS, build, scores
 
 # float32 on both sides, a dozen layers of sums in another order: 1e-6 of outputs that the adapter moves by 1 % or more.
@@ -48,7 +48,7 @@ def outputs_of(name: str, model: nn.Module) -> Tensor:
 
 def merge(base: Path, adapter: Path, output: Path, **options: Any) -> MergeReport:
     plan = plan_merge(open_checkpoint(base), [read_adapter(adapter)], **options)
-    return merge_checkpoint(plan, output, version="test")
+    return merge_checkpoint(plan, output)
 
 
 @pytest.mark.parametrize("gram_schmidt", [False, True], ids=["chain", "gram-schmidt"])

@@ -11,7 +11,7 @@ from hra_export.adapter import read_adapter
 from hra_export.checkpoint import open_checkpoint
 from hra_export.merge import MergeReport, merge_checkpoint
 from hra_export.parity import compare
-from hra_export.plan import plan_merge
+from hra_export.planning import plan_merge
 from hra_export.registry import load_converter
 from tests.real_models import minilm_directory, smollm2_gguf
 
@@ -24,7 +24,7 @@ PROMPT = "The three largest cities of France are"
 
 def merge(base: Path, adapter: Path, output: Path) -> MergeReport:
     plan = plan_merge(open_checkpoint(base), [read_adapter(adapter)])
-    return merge_checkpoint(plan, output, version="test")
+    return merge_checkpoint(plan, output)
 
 
 def turn_vectors(adapted: torch.nn.Module) -> None:
