@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -293,9 +294,19 @@ def _peft_config(adapter: HraAdapter) -> dict[str, object]:
         "peft_type": "HRA",
         "r": adapter.rank,
         "revision": None,
-        "target_modules": sorted(adapter.chains),
+        "target_modules": _target_modules(adapter.chains),
         "task_type": adapter.task,
     }
+
+
+def _target_modules(modules: Iterable[str]) -> list[str] | str:
+    """Exactly these modules, in PEFT's terms.
+
+    PEFT takes a name in a list as a suffix too: `conv` would also adapt `block.conv`. A string is a pattern for the
+    whole name.
+    """
+    ordered = sorted(modules)
+    return ordered if all("." in module for module in ordered) else "|".join(re.escape(module) for module in ordered)
 
 
 def _write_whole(path: Path, data: bytes) -> None:

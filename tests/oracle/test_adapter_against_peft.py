@@ -222,3 +222,11 @@ def test_peft_finds_the_class_of_a_model_without_a_task(tmp_path: Path) -> None:
     write_adapter(read_adapter(tmp_path / "a"), tmp_path / "b")
     loaded = AutoPeftModel.from_pretrained(tmp_path / "b").eval()
     assert torch.equal(outputs("bert", loaded), outputs("bert", reference))
+
+
+def test_a_target_at_the_root_is_not_taken_for_a_suffix(tmp_path: Path) -> None:
+    """PEFT's list entry `proj` would also adapt `block.proj`, with r = 1 to something far from the identity."""
+    model = nn.ModuleDict({"proj": nn.Linear(6, 6), "block": nn.ModuleDict({"proj": nn.Linear(6, 6)})})
+    write_adapter(HraAdapter({"proj": torch.randn(6, 1)}, rank=1), tmp_path)
+    loaded = PeftModel.from_pretrained(model, tmp_path)
+    assert [path for path, module in loaded.named_modules() if isinstance(module, HRALayer)] == ["base_model.model.proj"]
