@@ -192,7 +192,7 @@ def begin_writeback(fd: int, offset: int, size_bytes: int) -> None:
 
     Source: Linux `mm/fadvise.c`: DONTNEED starts writing the range's dirty pages, and drops those that are clean.
     """
-    if sys.platform == "linux":
+    if sys.platform == "linux" and size_bytes:  # zero would mean the whole file
         with suppress(OSError):
             os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)
 

@@ -229,4 +229,6 @@ def test_a_target_at_the_root_is_not_taken_for_a_suffix(tmp_path: Path) -> None:
     model = nn.ModuleDict({"proj": nn.Linear(6, 6), "block": nn.ModuleDict({"proj": nn.Linear(6, 6)})})
     write_adapter(HraAdapter({"proj": torch.randn(6, 1)}, rank=1), tmp_path)
     loaded = PeftModel.from_pretrained(model, tmp_path)
-    assert [path for path, module in loaded.named_modules() if isinstance(module, HRALayer)] == ["base_model.model.proj"]
+    assert [path for path, module in loaded.named_modules() if isinstance(module, HRALayer)] == [
+        "base_model.model.proj"
+    ]
