@@ -275,7 +275,7 @@ class Streamer:
         held = getattr(self.buffers, key, None)
         if held is None or held.numel() < count:
             held = torch.empty(max(count, 1), dtype=dtype, device=device)
-            if count <= BLOCK_ELEMENTS:
+            if count <= 2 * BLOCK_ELEMENTS:  # a block in whole groups of rows; only a very wide row is larger
                 setattr(self.buffers, key, held)
         result: Tensor = held[:count].view(shape)
         return result
