@@ -11,7 +11,7 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 
 def merged_card(plan: "MergePlan") -> str:
     """README.md of the merged checkpoint: `base_model`, `base_model_relation: merge`, and a line on each adapter."""
-    from huggingface_hub import ModelCardData
+    import yaml
 
     base = next((adapter.base for adapter in plan.adapters if adapter.base), None)
     inherited = {key: value for key, value in _front_matter(plan).items() if key in INHERITED}
@@ -24,7 +24,7 @@ def merged_card(plan: "MergePlan") -> str:
     }
     if base is not None and not base.startswith((".", "~", "/")) and base.count("/") == 1:
         fields["base_model"] = base  # a Hub id; a path on somebody's disk says nothing to others
-    data = ModelCardData(**fields).to_yaml(line_break="\n")
+    data = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()
     adapters = "\n".join(
         f"- `{adapter.path.name if adapter.path else 'adapter'}`: rank {adapter.rank}, {len(adapter.chains)} targets"
         f"{', Gram-Schmidt' if adapter.orthogonalize else ''}"
@@ -43,13 +43,15 @@ def merged_card(plan: "MergePlan") -> str:
 def _front_matter(plan: "MergePlan") -> dict[str, object]:
     """The base card's front matter; empty when it has no card, or one that cannot be read."""
     import yaml
-    from huggingface_hub import ModelCard
 
     path = plan.base.root / "README.md"
     if not path.is_file():
         return {}
-    try:
-        data: dict[str, object] = ModelCard.load(path).data.to_dict()
-    except (ValueError, UnicodeDecodeError, yaml.YAMLError):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n"):
         return {}
-    return data
+    try:
+        data = yaml.safe_load(text.removeprefix("---\n").partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
