@@ -23,7 +23,7 @@ from hra_export import householder
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint
 from hra_export.errors import NumericalError, OutputError
-from hra_export.filesystem import as_output_error, begin_writeback
+from hra_export.filesystem import CHUNK_BYTES, as_output_error, begin_writeback, write_all
 from hra_export.plan import OutputTensor, Segment, Shard
 from hra_export.tensorfile import DTYPES, TensorInfo, TensorLayout
 
@@ -146,7 +146,7 @@ class Streamer:
             NumericalError: a stored value is not finite although a fold or cast produced it.
             OSError: reading or writing failed.
         """
-        _pwrite_all(descriptor, memoryview(layout.header), 0)
+        write_all(descriptor, layout.header, 0)
         running: dict[str, list[Future[TensorTally]]] = {tensor.name: [] for tensor in shard.tensors}
         try:
             behind: TensorInfo | None = None
@@ -234,7 +234,9 @@ class Streamer:
             except (AttributeError, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in NO_COPY_FILE_RANGE:
                     raise
-                done = _pwrite_all(block.descriptor, memoryview(os.pread(source, left, offset)), target)
+                data = os.pread(source, min(left, CHUNK_BYTES), offset)
+                write_all(block.descriptor, data, target)
+                done = len(data)
             if not done:
                 raise OutputError(
                     f"`{self.files[block.segment.source.name]}` ended early: it was changed while being read"
@@ -248,7 +250,7 @@ class Streamer:
         rows.copy_(self._read(block))
         stored = self._buffer("stored", block.shape, _torch_dtype(block.tensor.dtype), torch.device("cpu"))
         tally = _fold_and_round_(rows, stored, block, self._buffer("spare", block.shape, dtype, self.device))
-        _pwrite_all(block.descriptor, _bytes_of(stored), block.offset)
+        write_all(block.descriptor, _bytes_of(stored), block.offset)
         return tally
 
     def _read(self, block: "_Block") -> Tensor:
@@ -385,13 +387,6 @@ def _torch_dtype(name: str) -> torch.dtype:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, not copied."""
     return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _pwrite_all(descriptor: int, view: memoryview, offset: int) -> int:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
-    return done
 
 
 def _not_finite(tensor: OutputTensor) -> NumericalError:
