@@ -1,9 +1,14 @@
 """What every test run shares: no network through the Hub, one thread a worker, and the versions in the header."""
 
 import os
+import shutil
+import time
+from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import hypothesis
+import pytest
 
 # Before any test imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,3 +27,16 @@ def pytest_report_header() -> str:
     """The versions that the numbers depend on."""
     installed = {item.metadata["Name"].lower(): item.version for item in metadata.distributions()}
     return "versions: " + ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
+
+
+@pytest.fixture
+def fast_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: tests that sync thousands of times take seconds there."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    folder = memory / f"hra-export-test-{os.getpid()}-{time.monotonic_ns()}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)

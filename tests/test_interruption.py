@@ -1,13 +1,11 @@
 """Merges that are killed, interrupted, started again, and started twice: what is on disk, do the bytes agree."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +51,6 @@ main()
 PATIENCE_S = 30.0
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="patches copy_file_range")
-
-
-@pytest.fixture
-def fast_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: the campaigns sync thousands of times."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    folder = memory / f"hra-export-test-{os.getpid()}-{time.monotonic_ns()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("mode", ["fresh", "overwrite"])

@@ -4,13 +4,11 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
 import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,19 +66,6 @@ def names_in(folder: Path) -> list[str]:
 
 def beside(output: Path, role: str) -> Path:
     return output.parent / f".{output.name}.hra-export-{role}"
-
-
-@pytest.fixture
-def fast_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: these tests sync thousands of times."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    folder = memory / f"hra-export-test-{os.getpid()}-{time.monotonic_ns()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

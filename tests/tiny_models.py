@@ -78,13 +78,6 @@ def _decoder(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1)
-    return GPT2LMHeadModel(config)
-
-
 def _opt() -> nn.Module:
     from transformers import OPTConfig, OPTForCausalLM
 
