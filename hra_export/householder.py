@@ -80,6 +80,21 @@ def compact_wy(vectors: Tensor, *, orthogonalize: bool = False, dtype: torch.dty
     return BlockReflector(u, torch.linalg.solve_triangular(t_inverse, identity, upper=True))
 
 
+def solve_t(u: Tensor) -> Tensor:
+    """T of columns whose norms need not be 1: T⁻¹ = diag(½ uᵢᵀuᵢ) + triu(UᵀU, 1), by substitution.
+
+    Args:
+        u: (…, d, r), float32 or float64; many chains are solved in one call.
+
+    Returns:
+        (…, r, r) upper triangular, u's dtype.
+    """
+    gram = u.mT @ u  # (…, r, r)
+    t_inverse = torch.triu(gram, diagonal=1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(t_inverse, identity.expand_as(gram), upper=True)
+
+
 def unit_columns(vectors: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """Divide each column of `vectors` (d, r) by its norm, safely for tiny and huge entries.
 

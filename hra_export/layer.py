@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hra_export import householder
 from hra_export.householder import BlockReflector
+from hra_export.reflection import differentiable_factors, reflect
 
 
 class Chain(nn.Module):
@@ -34,10 +35,15 @@ class Chain(nn.Module):
         self.orthogonalize = orthogonalize
         self._cached: tuple[torch.dtype, torch.device, int, BlockReflector] | None = None
 
+    def is_trained(self) -> bool:
+        """Whether a forward pass has to carry gradients to the vectors."""
+        return self.hra_u.requires_grad and torch.is_grad_enabled()
+
     def reflector(self, dtype: torch.dtype, device: torch.device) -> BlockReflector:
         """U in `dtype`, T in float32 or wider. Differentiable while `hra_u` requires gradients, else cached."""
-        if self.hra_u.requires_grad and torch.is_grad_enabled():
-            return _differentiable_reflector(self.hra_u.to(device), dtype, self.orthogonalize)
+        if self.is_trained():
+            found = differentiable_factors(self.hra_u.to(device), dtype, orthogonalize=self.orthogonalize)
+            return BlockReflector(found.u, found.s.mT)
         version = self.hra_u._version  # torch's public way to see an in-place change is this counter
         if self._cached is None or self._cached[:3] != (dtype, device, version):
             with torch.inference_mode(False):  # the cache outlives the mode
@@ -80,10 +86,34 @@ class ReflectedLayer(nn.Module):
         """x (…, d) → x Rᵀ, in x's dtype; the r×r part runs in float32 or wider."""
         # W R_1 R_2: the last chain meets the activations first.
         for chain in reversed(chains_of(self)):
+            if chain.is_trained() and not chain.orthogonalize:
+                x = reflect(x, chain.hra_u.to(x.device))
+                continue
             block = chain.reflector(x.dtype, x.device)
             coefficients = ((x @ block.u).to(block.t.dtype) @ block.t.T).to(x.dtype)  # (…, r)
             x = x - coefficients @ block.u.T
         return x
+
+
+def added_convolution(base: nn.Conv2d, x: Tensor, blocks: Sequence[BlockReflector]) -> Tensor:
+    """ΔW's part of a convolution behind chains: conv1×1(conv(x, A), B) with ΔW = W (R_1 R_2 … − I) = B A.
+
+    Args:
+        base: not grouped, any stride, padding, padding mode and dilation.
+        x: (b, in, h, w).
+        blocks: R_1, R_2, …, of d = in·kh·kw features, float32 or wider.
+
+    Returns:
+        (b, o, h', w'), in x's dtype, or in autocast's.
+    """
+    weight = base.weight
+    with torch.autocast(x.device.type, enabled=False):
+        rows = weight.reshape(weight.shape[0], -1).to(blocks[0].u.dtype)
+        b, a = householder.low_rank_factors(rows, householder.compose(blocks[0], *blocks[1:]))
+    kernels = a.reshape(-1, *weight.shape[1:]).to(x.dtype)  # (r, in, kh, kw)
+    # torch's own helper applies stride, padding, padding mode and dilation as the base convolution does.
+    reduced = base._conv_forward(x, kernels, None)
+    return nn.functional.conv2d(reduced, b.to(x.dtype)[:, :, None, None])
 
 
 class ReflectedConv2d(ReflectedLayer):
@@ -99,13 +129,8 @@ class ReflectedConv2d(ReflectedLayer):
             return y
         weight = self.base_layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        rows = weight.reshape(weight.shape[0], -1).to(wide)
-        chains = [chain.reflector(wide, weight.device) for chain in chains_of(self)]
-        b, a = householder.low_rank_factors(rows, householder.compose(chains[0], *chains[1:]))
-        kernels = a.reshape(-1, *weight.shape[1:]).to(x.dtype)  # (r, in, kh, kw)
-        # torch's own helper applies stride, padding, padding mode and dilation as the base convolution does.
-        reduced = self.base_layer._conv_forward(x, kernels, None)
-        return y + self.strength * nn.functional.conv2d(reduced, b.to(x.dtype)[:, :, None, None])
+        blocks = [chain.reflector(wide, weight.device) for chain in chains_of(self)]
+        return y + self.strength * added_convolution(self.base_layer, x, blocks)
 
 
 class ReflectedEmbedding(ReflectedLayer):
@@ -158,27 +183,7 @@ def chains_of(layer: ReflectedLayer | RotatedRegion) -> list[Chain]:
     return [chain for chain in layer.chains if isinstance(chain, Chain)]
 
 
-def _differentiable_reflector(vectors: Tensor, dtype: torch.dtype, orthogonalize: bool) -> BlockReflector:
-    """Like `compact_wy`, in autograd's reach: no checks, and T from the cast U."""
-    vectors = vectors.to(torch.promote_types(vectors.dtype, dtype))
-    # A constant for autograd: R does not depend on it, and without it the squares of 1e-25 leave float32's range.
-    vectors = vectors / vectors.detach().abs().amax(dim=0)
-    if orthogonalize:
-        u = torch.linalg.qr(vectors).Q.to(dtype)
-    else:
-        u = (vectors / torch.linalg.vector_norm(vectors, dim=0)).to(dtype)
-    return BlockReflector(u, _solve_t(u.to(vectors.dtype)).to(torch.promote_types(dtype, torch.float32)))
-
-
 def _rounded(exact: BlockReflector, dtype: torch.dtype, device: torch.device) -> BlockReflector:
     """U cast to the activations' dtype; T from the cast U, so that R stays orthogonal."""
     u = exact.u.to(device, dtype)
-    return BlockReflector(u, _solve_t(u.double()).to(torch.promote_types(dtype, torch.float32)))
-
-
-def _solve_t(u: Tensor) -> Tensor:
-    """T of columns whose norms are not exactly 1: T⁻¹ = diag(½ uᵢᵀuᵢ) + triu(UᵀU, 1)."""
-    gram = u.T @ u
-    t_inverse = torch.triu(gram, diagonal=1) + torch.diag(gram.diagonal() / 2)
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(t_inverse, identity, upper=True)
+    return BlockReflector(u, householder.solve_t(u.double()).to(torch.promote_types(dtype, torch.float32)))
