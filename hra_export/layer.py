@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hra_export import householder
 from hra_export.householder import BlockReflector
-from hra_export.reflection import differentiable_factors, reflect
+from hra_export.reflection import differentiable_factors, reflect, without_autocast
 
 
 class Chain(nn.Module):
@@ -107,7 +107,7 @@ def added_convolution(base: nn.Conv2d, x: Tensor, blocks: Sequence[BlockReflecto
         (b, o, h', w'), in x's dtype, or in autocast's.
     """
     weight = base.weight
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         rows = weight.reshape(weight.shape[0], -1).to(blocks[0].u.dtype)
         b, a = householder.low_rank_factors(rows, householder.compose(blocks[0], *blocks[1:]))
     kernels = a.reshape(-1, *weight.shape[1:]).to(x.dtype)  # (r, in, kh, kw)

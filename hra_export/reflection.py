@@ -24,6 +24,7 @@ Letters: d in_features, r rank, n rows of activations.
 Source: the derivative of the UT transform (Joffrain et al. 2006) through the normalization of the columns.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +59,10 @@ def factor(vectors: Tensor, dtype: torch.dtype) -> Factors:
         The factors, on the vectors' device. On a CPU the solve runs in float64.
     """
     wide = torch.promote_types(torch.promote_types(vectors.dtype, dtype), torch.float32)
-    u = _unit_columns(vectors.to(wide)).to(dtype)
-    exact = u.to(torch.float64 if u.device.type == "cpu" else wide)
-    s = householder.solve_t(exact).mT.to(
-        torch.promote_types(dtype, torch.float32), memory_format=torch.contiguous_format
-    )
-    return Factors(u, s)
+    with without_autocast(vectors):
+        u = _unit_columns(vectors.to(wide)).to(dtype)
+        s = householder.solve_t(u.to(torch.float64 if u.device.type == "cpu" else wide)).mT
+    return Factors(u, s.to(torch.promote_types(dtype, torch.float32), memory_format=torch.contiguous_format))
 
 
 def reflect(x: Tensor, vectors: Tensor, factors: Factors | None = None) -> Tensor:
@@ -102,9 +101,10 @@ def differentiable_factors(vectors: Tensor, dtype: torch.dtype, *, orthogonalize
         Factors that carry gradients to `vectors`.
     """
     wide = vectors.to(torch.promote_types(torch.promote_types(vectors.dtype, dtype), torch.float32))
-    units = orthonormal_columns(wide) if orthogonalize else _unit_columns(wide)
-    u = units.to(dtype)
-    s = householder.solve_t(u.to(wide.dtype)).mT
+    with without_autocast(vectors):
+        units = orthonormal_columns(wide) if orthogonalize else _unit_columns(wide)
+        u = units.to(dtype)
+        s = householder.solve_t(u.to(wide.dtype)).mT
     return Factors(u, s.to(torch.promote_types(dtype, torch.float32)))
 
 
@@ -114,7 +114,14 @@ def orthonormal_columns(vectors: Tensor) -> Tensor:
     Args:
         vectors: (…, d, r), float32 or wider.
     """
-    return torch.linalg.qr(_unit_columns(vectors)).Q
+    with without_autocast(vectors):
+        return torch.linalg.qr(_unit_columns(vectors)).Q
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A block in which products run in the dtypes that they are written in."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _unit_columns(vectors: Tensor) -> Tensor:
@@ -126,8 +133,8 @@ def _unit_columns(vectors: Tensor) -> Tensor:
 @torch.library.custom_op("hra::reflect", mutates_args=())
 def _reflect(x: Tensor, vectors: Tensor, u: Tensor, s: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])  # (n, d)
-    coefficients = ((rows @ u).to(s.dtype) @ s).to(u.dtype)  # (n, r)
-    return torch.addmm(rows, coefficients, u.T, alpha=-1).view(x.shape)
+    with without_autocast(x):
+        return torch.addmm(rows, _coefficients(rows, u, s), u.T, alpha=-1).view(x.shape)
 
 
 @torch.library.custom_op("hra::reflect_backward", mutates_args=())
@@ -136,11 +143,20 @@ def _reflect_backward(
 ) -> tuple[Tensor, Tensor]:
     """∂x (…, d) and ∂U (d, r); the one that is not wanted is empty."""
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])  # (n, d)
-    k = ((grads @ u).to(s.dtype) @ s.T).to(u.dtype)  # (n, r)
-    grad_x = torch.addmm(grads, k, u.T, alpha=-1).view(x.shape) if for_x else x.new_empty(0)
-    if not for_vectors:
-        return grad_x, vectors.new_empty(0)
-    m = ((rows @ u).to(s.dtype) @ s).to(u.dtype)  # (n, r)
+    with without_autocast(x):
+        k = _coefficients(grads, u, s.T)
+        grad_x = torch.addmm(grads, k, u.T, alpha=-1).view(x.shape) if for_x else x.new_empty(0)
+        grad_vectors = _vectors_gradient(grads, rows, k, vectors, u, s) if for_vectors else vectors.new_empty(0)
+    return grad_x, grad_vectors
+
+
+def _coefficients(rows: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    """(rows U) S (n, r), in the rows' dtype; the r×r product runs in S's."""
+    return ((rows @ u).to(s.dtype) @ s).to(u.dtype)
+
+
+def _vectors_gradient(grads: Tensor, rows: Tensor, k: Tensor, vectors: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    m = _coefficients(rows, u, s)
     lower = torch.tril((m.T @ k).to(s.dtype), -1)  # (r, r)
     wide = u.to(s.dtype)
     grad_units = wide @ (lower + lower.T)  # (d, r)
@@ -149,12 +165,13 @@ def _reflect_backward(
             grad_units.addmm_(left.T, right, alpha=-1)
         else:  # half-precision products, added in float32
             grad_units.sub_(left.T @ right)
-    return grad_x, _through_normalization_(grad_units, wide, vectors).to(vectors.dtype)
+    return _through_normalization_(grad_units, wide, vectors).to(vectors.dtype)
 
 
 def _through_normalization_(grad_units: Tensor, units: Tensor, vectors: Tensor) -> Tensor:
     """∂U of ∂Û (d, r), in place: without the part along each column, which its norm takes away, over the norm."""
-    grad_units.div_(torch.linalg.vector_norm(vectors.to(units.dtype), dim=0))
+    # ‖uᵢ‖ as uᵢᵀûᵢ: the squares of 1e30 leave float32's range.
+    grad_units.div_((vectors.to(units.dtype) * units).sum(dim=0))
     radial = (units * grad_units).sum(dim=0)  # (r,)
     return grad_units.addcmul_(units, radial, value=-1)
 

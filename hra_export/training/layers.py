@@ -7,11 +7,12 @@ that maps (…, d) to (…, o) will do: quantized, sharded, transposed. Names, s
 """
 
 import math
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import HRAConfig
-from peft.tuners.hra.layer import HRAConv2d, HRALayer, HRALinear
+from peft.tuners.hra.layer import HRAConv2d, HRALinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -24,12 +25,6 @@ from hra_export.training import quantized
 from hra_export.training.workspace import Workspace
 
 BASE = "__base__"  # PEFT's word in `adapter_names` for a row without an adapter
-
-
-class _WithWeight(Protocol):
-    """What `merge` needs of a base layer."""
-
-    weight: nn.Parameter
 
 
 class ReflectionLayer(nn.Module):
@@ -45,6 +40,10 @@ class ReflectionLayer(nn.Module):
     hra_apply_GS: dict[str, bool]  # noqa: N815  PEFT's name
     hra_u: nn.ParameterDict
     _kept: quantized.Kept
+    # Methods of PEFT's, declared for type checkers.
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def update_layer(self, adapter_name: str, r: int, config: HRAConfig, **kwargs: object) -> None:
         """Add an adapter, or replace one of this name.
@@ -215,7 +214,7 @@ def chain_features(base: nn.Module) -> int:
             raise UnsupportedModelError(f"a grouped convolution (groups={base.groups}), which HRA has not")
         return base.in_channels * math.prod(base.kernel_size)
     if is_conv1d(base):
-        return int(base.weight.shape[0])  # type: ignore[union-attr, index]  # every attribute is Tensor | Module
+        return int(base.weight.shape[0])  # type: ignore[index]  # every attribute is Tensor | Module
     if isinstance(getattr(base, "in_features", None), int):
         return int(base.in_features)  # type: ignore[arg-type]
     raise UnsupportedModelError(f"a {type(base).__name__}, for which HRA defines no chain")
