@@ -1,4 +1,4 @@
-"""hra-export: fold, validate and ship Householder Reflection Adaptation (HRA) adapters.
+"""hra-export: train, fold, validate and ship Householder Reflection Adaptation (HRA) adapters.
 
 The public names are loaded on first use, so that importing the package pulls in neither torch nor transformers.
 """
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from hra_export.parity import ParityReport as ParityReport
     from hra_export.plan import MergePlan as MergePlan
     from hra_export.planning import plan_merge as plan_merge
+    from hra_export.reflection import reflect as reflect
+    from hra_export.training.tuner import accelerate_peft as accelerate_peft
+    from hra_export.training.tuner import get_hra_model as get_hra_model
+    from hra_export.training.tuner import load_hra_model as load_hra_model
     from hra_export.validate import validate_merged as validate_merged
 
 _ORIGIN = {
@@ -32,13 +36,17 @@ _ORIGIN = {
     "MergePlan": "plan",
     "MergeReport": "merge",
     "ParityReport": "parity",
+    "accelerate_peft": "training.tuner",
     "attach": "attachment",
     "compact_wy": "householder",
+    "get_hra_model": "training.tuner",
     "inspect_adapter": "inspection",
+    "load_hra_model": "training.tuner",
     "merge_checkpoint": "merge",
     "open_checkpoint": "checkpoint",
     "plan_merge": "planning",
     "read_adapter": "adapter",
+    "reflect": "reflection",
     "validate_merged": "validate",
     "write_adapter": "adapter",
 }

@@ -2,7 +2,7 @@
 
     reflect(x, vectors)                             what layers call; finds U and S, obeys autocast
     factor(vectors, dtype)                          U and S of one chain, or of a batch of chains in one solve
-    torch.ops.hra.reflect(x, vectors, u, s)         the operator
+    torch.ops.hra.reflect(x, vectors, u, s)         the operator: z, and M for the backward pass
     torch.ops.hra.reflect_backward(grad, …)         its gradient, an operator too, so that a device can bring a kernel
 
 The operator is given U and S beside the vectors they come from, and sends the whole gradient to the vectors: the
@@ -12,8 +12,8 @@ factors do not depend on x, so many layers find theirs in one batched solve, onc
 For half-precision activations U is cast first, and the Gram matrix is built in float32 from the cast U with ½ uᵢᵀuᵢ on
 the diagonal of T⁻¹: R then stays orthogonal to 1e-5, instead of 2e-2 with T from the uncast U.
 
-For the backward pass x is saved and nothing else that grows with the number of rows. With the unit columns Û,
-g = ∂L/∂z, P = x Û, M = P S, B = g Û, K = B Sᵀ:
+For the backward pass x is saved and the r coefficients M of each row, as LoRA saves x and x A. With the unit columns Û,
+g = ∂L/∂z, M = x Û S, K = g Û Sᵀ:
 
     ∂x = g − K Ûᵀ      ∂S⁻¹ = tril(Mᵀ K, −1)      ∂Û = −gᵀM − xᵀK + Û (∂S⁻¹ + ∂S⁻ᵀ)
     ∂U = (∂Û − Û diag(ûᵢᵀ ∂Ûᵢ)) / ‖uᵢ‖
@@ -39,7 +39,7 @@ class Factors:
     """What `hra::reflect` needs of a chain: constants for autograd.
 
     Attributes:
-        u: (…, d, r) unit columns, rounded to the dtype of the activations.
+        u: (…, d, r) unit columns, rounded to the dtype of the activations; stored as Uᵀ.
         s: (…, r, r) lower triangular, Tᵀ of the rounded columns; float32, or float64 for float64 activations.
     """
 
@@ -60,7 +60,7 @@ def factor(vectors: Tensor, dtype: torch.dtype) -> Factors:
     """
     wide = torch.promote_types(torch.promote_types(vectors.dtype, dtype), torch.float32)
     with without_autocast(vectors):
-        u = _unit_columns(vectors.to(wide)).to(dtype)
+        u = _unit_columns(vectors.to(wide)).to(dtype).mT.contiguous().mT  # Uᵀ in one piece, for thin products
         s = householder.solve_t(u.to(torch.float64 if u.device.type == "cpu" else wide)).mT
     return Factors(u, s.to(torch.promote_types(dtype, torch.float32), memory_format=torch.contiguous_format))
 
@@ -78,7 +78,7 @@ def reflect(x: Tensor, vectors: Tensor, factors: Factors | None = None) -> Tenso
     """
     if factors is None:
         factors = factor(vectors, activation_dtype(x))
-    return torch.ops.hra.reflect(x.to(factors.u.dtype), vectors, factors.u, factors.s)
+    return torch.ops.hra.reflect(x.to(factors.u.dtype), vectors, factors.u, factors.s)[0]
 
 
 def activation_dtype(x: Tensor) -> torch.dtype:
@@ -131,68 +131,74 @@ def _unit_columns(vectors: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("hra::reflect", mutates_args=())
-def _reflect(x: Tensor, vectors: Tensor, u: Tensor, s: Tensor) -> Tensor:
+def _reflect(x: Tensor, vectors: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """z (…, d), and M = Sᵀ Uᵀ xᵀ (r, n) for the backward pass."""
     rows = x.reshape(-1, x.shape[-1])  # (n, d)
     with without_autocast(x):
-        return torch.addmm(rows, _coefficients(rows, u, s), u.T, alpha=-1).view(x.shape)
+        m = _coefficients(rows, u, s)
+        return torch.addmm(rows, m.T, u.T, alpha=-1).view(x.shape), m
 
 
 @torch.library.custom_op("hra::reflect_backward", mutates_args=())
 def _reflect_backward(
-    grad: Tensor, x: Tensor, vectors: Tensor, u: Tensor, s: Tensor, for_x: bool, for_vectors: bool
+    grad: Tensor, x: Tensor, vectors: Tensor, u: Tensor, s: Tensor, m: Tensor, for_x: bool, for_vectors: bool
 ) -> tuple[Tensor, Tensor]:
     """∂x (…, d) and ∂U (d, r); the one that is not wanted is empty."""
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])  # (n, d)
     with without_autocast(x):
-        k = _coefficients(grads, u, s.T)
-        grad_x = torch.addmm(grads, k, u.T, alpha=-1).view(x.shape) if for_x else x.new_empty(0)
-        grad_vectors = _vectors_gradient(grads, rows, k, vectors, u, s) if for_vectors else vectors.new_empty(0)
+        k = _coefficients(grads, u, s.T)  # (r, n)
+        grad_x = torch.addmm(grads, k.T, u.T, alpha=-1).view(x.shape) if for_x else x.new_empty(0)
+        grad_vectors = _vectors_gradient(grads, rows, m, k, vectors, u) if for_vectors else vectors.new_empty(0)
     return grad_x, grad_vectors
 
 
+# Thin matrices lie down, (r, n) and (r, d): CPUs multiply (r, d) × (d, n) up to four times as fast as (n, d) × (d, r).
+
+
 def _coefficients(rows: Tensor, u: Tensor, s: Tensor) -> Tensor:
-    """(rows U) S (n, r), in the rows' dtype; the r×r product runs in S's."""
-    return ((rows @ u).to(s.dtype) @ s).to(u.dtype)
+    """Sᵀ Uᵀ rowsᵀ (r, n), in the rows' dtype; the r×r product runs in S's."""
+    return (s.T @ (u.T @ rows.T).to(s.dtype)).to(u.dtype)
 
 
-def _vectors_gradient(grads: Tensor, rows: Tensor, k: Tensor, vectors: Tensor, u: Tensor, s: Tensor) -> Tensor:
-    m = _coefficients(rows, u, s)
-    lower = torch.tril((m.T @ k).to(s.dtype), -1)  # (r, r)
-    wide = u.to(s.dtype)
-    grad_units = wide @ (lower + lower.T)  # (d, r)
-    for left, right in ((grads, m), (rows, k)):
-        if u.dtype == s.dtype:
-            grad_units.addmm_(left.T, right, alpha=-1)
+def _vectors_gradient(grads: Tensor, rows: Tensor, m: Tensor, k: Tensor, vectors: Tensor, u: Tensor) -> Tensor:
+    wide = torch.promote_types(u.dtype, torch.float32)
+    lower = torch.tril((m @ k.T).to(wide), -1)  # (r, r)
+    units = u.T.to(wide)  # (r, d)
+    grad_units = (lower + lower.T) @ units  # (r, d)
+    for left, right in ((m, grads), (k, rows)):
+        if u.dtype == wide:
+            grad_units.addmm_(left, right, alpha=-1)
         else:  # half-precision products, added in float32
-            grad_units.sub_(left.T @ right)
-    return _through_normalization_(grad_units, wide, vectors).to(vectors.dtype)
+            grad_units.sub_(left @ right)
+    return _through_normalization_(grad_units, units, vectors.T).T.to(vectors.dtype).contiguous()
 
 
 def _through_normalization_(grad_units: Tensor, units: Tensor, vectors: Tensor) -> Tensor:
-    """∂U of ∂Û (d, r), in place: without the part along each column, which its norm takes away, over the norm."""
+    """∂U of ∂Û, in place: without the part along each vector, which its norm takes away, over the norm. All (r, d)."""
     # ‖uᵢ‖ as uᵢᵀûᵢ: the squares of 1e30 leave float32's range.
-    grad_units.div_((vectors.to(units.dtype) * units).sum(dim=0))
-    radial = (units * grad_units).sum(dim=0)  # (r,)
+    grad_units.div_((vectors.to(units.dtype) * units).sum(dim=1, keepdim=True))
+    radial = (units * grad_units).sum(dim=1, keepdim=True)  # (r, 1)
     return grad_units.addcmul_(units, radial, value=-1)
 
 
 @_reflect.register_fake
-def _(x: Tensor, vectors: Tensor, u: Tensor, s: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, vectors: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(u.shape[-1], x.numel() // x.shape[-1])
 
 
 @_reflect_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, vectors: Tensor, u: Tensor, s: Tensor, for_x: bool, for_vectors: bool
+    grad: Tensor, x: Tensor, vectors: Tensor, u: Tensor, s: Tensor, m: Tensor, for_x: bool, for_vectors: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if for_x else 0), vectors.new_empty(vectors.shape if for_vectors else 0)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _backward(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor | None, Tensor | None, None, None]:
     for_x, for_vectors = ctx.needs_input_grad[:2]
     grad_x, grad_vectors = torch.ops.hra.reflect_backward(grad, *ctx.saved_tensors, for_x, for_vectors)
     return grad_x if for_x else None, grad_vectors if for_vectors else None, None, None
