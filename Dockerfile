@@ -32,12 +32,12 @@ COPY converters converters
 ENV SOURCE_DATE_EPOCH=315532800
 RUN /opt/venv/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /opt/wheel .
 RUN /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" \
-    "$(echo /opt/wheel/hra_export-*.whl)[diffusers,gguf]"
+    "$(echo /opt/wheel/hra_export-*.whl)[diffusers,gguf,train]"
 
 FROM python
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="hra-export" \
-    org.opencontainers.image.description="Fold, validate and ship Householder Reflection Adaptation (HRA) adapters." \
+    org.opencontainers.image.description="Train, fold, validate and ship Householder Reflection Adaptation (HRA) adapters." \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.licenses="Apache-2.0"
 # Ubuntu's own user has the id 1000. /cache is for everyone: `docker run --user` may name any id.

@@ -40,9 +40,10 @@ format: .venv/.installed ## format the code, and fix what can be fixed without t
 demo: .venv/.installed ## train, merge and validate a real language model
 	@$(BIN)/python examples/demo.py
 
+# A benchmark that ends with 7 lacks its device, a GPU as a rule: the others go on.
 bench: .venv/.installed ## run every benchmark; tables on stdout, figures in benchmarks/results
 	@for file in $$(grep -l '__main__' benchmarks/*.py); do \
-		$(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; \
+		$(BIN)/python -m benchmarks.$$(basename $$file .py) || [ $$? -eq 7 ] || exit 1; \
 	done
 
 wheel: .venv/.installed ## build the wheel into dist

@@ -33,6 +33,9 @@ OPTIONAL = {
     "trl": "training",
     "accelerate": "training",
     "datasets": "training data",
+    "matplotlib": "training: the loss curve",
+    "scikit-learn": "training: metrics of classification",
+    "bitsandbytes": "training on a quantized base",
     "diffusers": "diffusion models",
 }
 # Named in the report when set; never a token.
