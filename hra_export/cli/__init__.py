@@ -17,6 +17,7 @@ from hra_export.errors import HraExportError
 
 # verb: (module, one line of help). Listing them imports none.
 VERBS = {
+    "train": ("hra_export.cli.train", "Train an HRA adapter on a frozen base."),
     "merge": ("hra_export.cli.merge", "Fold adapters into the base weights and write safetensors."),
     "validate": ("hra_export.cli.validate", "Prove that a merged model computes what PyTorch computes."),
     "inspect": ("hra_export.cli.inspect", "Show what an adapter does: targets, ranks, angles."),
@@ -47,7 +48,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="hra-export")
 def cli() -> None:
-    """Fold, validate and ship Householder Reflection Adaptation (HRA) adapters.
+    """Train, fold, validate and ship Householder Reflection Adaptation (HRA) adapters.
 
     Example: hra-export merge runs/adapter --base models/base --output merged
     """

@@ -52,6 +52,33 @@ class Console:
         with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=hidden, file=sys.stderr) as bar:
             yield bar.update
 
+    @contextmanager
+    def steps_bar(self, title: str, total: int) -> Iterator[Callable[[int, str], bool]]:
+        """A progress bar by steps with the time left; silent when quiet or without a terminal.
+
+        Yields:
+            Moves the bar to a step, with a text behind it; says whether there is a bar.
+        """
+        from tqdm import tqdm
+
+        hidden = self.quiet or not sys.stderr.isatty()
+        with tqdm(total=total, desc=title, unit="step", disable=hidden, file=sys.stderr) as bar:
+
+            def move(step: int, text: str) -> bool:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update(step - bar.n)
+                return not hidden
+
+            yield move
+
+    def say_masked(self, parts: Sequence[tuple[str, bool]]) -> None:
+        """A text on stderr of which some parts do not count: these are dimmed, and in double brackets."""
+        if not self.quiet:
+            shown = [
+                printable(text) if counts else _styled(f"[[{printable(text)}]]", dim=True) for text, counts in parts
+            ]
+            click.echo("".join(shown), err=True)
+
 
 def make_console(*, as_json: bool, quiet: bool, verbose: int) -> Console:
     """The console of one run; sets up logging to stderr, which the library never does."""
