@@ -76,7 +76,7 @@ class RunDirectory:
         whole = [
             Checkpoint(int(match[1]), path)
             for match, path in found
-            if match is not None
+            if match is not None and filesystem.regular_size(path / MARKER_NAME) is not None
         ]
         return sorted(whole, key=lambda checkpoint: checkpoint.step)
 
