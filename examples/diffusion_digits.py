@@ -351,7 +351,7 @@ class Judge:
     def __init__(self, solid: Pictures, outlined: Pictures) -> None:
         rows = np.concatenate([solid.grey(), outlined.grey()])
         self.classifier = SVC(C=10).fit(rows, np.concatenate([self.label(solid), self.label(outlined)]))
-        self.axes = PCA(32).fit(outlined.grey())
+        self.axes = PCA(32, svd_solver="full").fit(outlined.grey())
         self.real = self.axes.transform(outlined.grey())
 
     def score(self, solid: Pictures, outlined: Pictures, base: Pictures | None = None) -> Score:

@@ -99,7 +99,7 @@ def adapt_base(
             findings=sorted(missing)[:10],
             hint="`--task sequence-classification` takes a base without its head",
         )
-    saved = list(dict.fromkeys([*settings.modules_to_save]))
+    saved = list(dict.fromkeys([*settings.modules_to_save, *new]))
     config = _config(model, settings, saved)
     adapted = get_hra_model(model, config)
     if settings.task == "causal-lm" and isinstance(adapted.get_output_embeddings(), HRALayer):
