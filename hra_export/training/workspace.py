@@ -98,14 +98,13 @@ class Workspace:
             dtype: of the activations.
         """
         vectors = layer.hra_u[adapter]
-        entry = self._entries.get((id(layer), adapter, dtype))
-        if entry is None or not self._holds(entry, vectors):
+        if self._is_due(layer, adapter, dtype, vectors):
             self._find(layer, adapter, dtype)
-            entry = self._entries[id(layer), adapter, dtype]
-        return entry.factors
+        return self._entries[id(layer), adapter, dtype].factors
 
-    def _holds(self, entry: _Entry, vectors: Tensor) -> bool:
-        return entry.vectors() is vectors and entry.stamp == self._stamp(vectors)
+    def _is_due(self, layer: HRALayer, adapter: str, dtype: torch.dtype, vectors: Tensor) -> bool:
+        entry = self._entries.get((id(layer), adapter, dtype))
+        return entry is None or entry.vectors() is not vectors or entry.stamp != self._stamp(vectors)
 
     def _stamp(self, vectors: Tensor) -> tuple[int, int, int]:
         # Inference tensors have no counter, and cannot be changed in place outside of inference mode.
@@ -115,17 +114,19 @@ class Workspace:
     @torch.no_grad()
     def _find(self, layer: HRALayer, adapter: str, dtype: torch.dtype) -> None:
         """Find the factors of this chain and of all like it that are out of date."""
-        together = {(id(layer), adapter): layer.hra_u[adapter]}
-        orthogonalize = layer.hra_apply_GS[adapter]
-        wanted = _kind(layer.hra_u[adapter])
-        for other in self._layers:
+        own, orthogonalize = layer.hra_u[adapter], layer.hra_apply_GS[adapter]
+        together = {(id(layer), adapter): own}
+        # With ZeRO-3 (`ds_id`) a look at another layer's vectors gathers them: a meeting of all processes.
+        for other in [] if hasattr(own, "ds_id") else self._layers:
             for name in other.active_adapters:
-                if name not in other.hra_u or other.hra_apply_GS[name] != orthogonalize:
-                    continue
-                vectors = other.hra_u[name]
-                entry = self._entries.get((id(other), name, dtype))
-                if _is_whole(vectors) and _kind(vectors) == wanted and not (entry and self._holds(entry, vectors)):
-                    together[id(other), name] = vectors
+                if name in other.hra_u and other.hra_apply_GS[name] == orthogonalize:
+                    vectors = other.hra_u[name]
+                    if (
+                        _is_whole(vectors)
+                        and _kind(vectors) == _kind(own)
+                        and self._is_due(other, name, dtype, vectors)
+                    ):
+                        together[id(other), name] = vectors
         stacked = torch.stack(list(together.values()))  # (chains, d, r)
         if orthogonalize:
             stacked = orthonormal_columns(stacked.to(torch.promote_types(stacked.dtype, torch.float32)))

@@ -329,6 +329,17 @@ def test_chains_of_one_shape_are_solved_together_and_kept_for_a_step(monkeypatch
     assert sizes == [12, 2] * 2
 
 
+def test_vectors_that_zero3_shards_are_found_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed gathers what is looked at, in all processes at once: a layer must look at nothing but its own."""
+    model = get_hra_model(build("llama"), HRAConfig(r=4, target_modules="all-linear")).train()
+    for value in model.parameters():
+        if value.requires_grad:
+            value.ds_id = 0
+    sizes = solves(model, monkeypatch)
+    micro_batch(model)
+    assert sizes == [1] * 14
+
+
 def test_gradient_checkpointing_reuses_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_hra_model(build("llama"), HRAConfig(r=4, target_modules="all-linear")).train()
     micro_batch(model)
