@@ -125,7 +125,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def live_bytes() -> int:
     """Bytes of all tensors that Python holds, each piece of memory once."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and each.device.type == "cpu"]
+    # By exact type: the stand-ins of a compiler have no memory to ask for.
+    kinds = (torch.Tensor, nn.Parameter)
+    tensors = [each for each in gc.get_objects() if type(each) in kinds and each.device.type == "cpu"]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     return sum(storages.values())
 
