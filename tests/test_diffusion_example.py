@@ -1,8 +1,9 @@
 """The parts of the diffusion example, at a few steps each. `python examples/diffusion_digits.py` runs the whole."""
 
-import importlib.util
+import importlib
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,21 +15,22 @@ from torch import Tensor, nn
 
 from hra_export import read_adapter
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "diffusion_digits.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def example() -> ModuleType:
-    """The script as a module, without running its `main`."""
-    spec = importlib.util.spec_from_file_location("examples_diffusion_digits", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    module.BASE_BATCH = module.BATCH = 4  # type: ignore[attr-defined]
-    return module
+def example() -> Iterator[ModuleType]:
+    """The script as a module, found the way Python finds it and its neighbour `demo`."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        module = importlib.import_module("diffusion_digits")
+        module.BASE_BATCH = module.BATCH = 4  # type: ignore[attr-defined]
+        yield module
+    finally:
+        sys.path.remove(str(EXAMPLES))
+        for name in ("diffusion_digits", "demo"):
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,14 @@ def test_adapter_has_a_chain_for_every_layer_that_sees_the_picture(
         name: (layers[name].weight[0].numel(), example.RANK) for name in adapter.chains
     }
     assert adapter.base == str(base)
+
+
+def test_adapter_is_replaced_by_a_second_run(example: ModuleType, base: Path, adapted: Any) -> None:
+    """PEFT reads the card that it finds in the directory."""
+    pools = [example.read_digits(example.OUTLINED)[0]]
+    again = example.adapt(base, "hra", pools, adapted.adapter.with_name("again"), 1)
+    example.adapt(base, "hra", pools, again.adapter, 1)
+    assert str(base) in (again.adapter / "README.md").read_text(encoding="utf-8")
 
 
 def test_merged_unet_computes_what_the_live_one_does(
