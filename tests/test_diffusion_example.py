@@ -217,7 +217,7 @@ def test_grid_has_a_row_for_each_model(example: ModuleType, tmp_path: Path, mode
     example.draw_grid({str(row): tuple(pictures) for row in range(models)}, path)
     header = path.read_bytes()[:24]
     assert header[1:4] == b"PNG"
-    assert struct.unpack(">II", header[16:]) == (96 + 2 * (480 + 8), 32 + models * (48 + 8))
+    assert struct.unpack(">II", header[16:]) == (112 + 2 * (480 + 8), 32 + models * (48 + 8))
     assert path.stat().st_size < 150_000
 
 
