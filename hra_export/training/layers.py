@@ -45,6 +45,14 @@ class ReflectionLayer(nn.Module):
     set_adapter: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: HRAConfig, r: int, workspace: Workspace
+    ) -> None:
+        nn.Module.__init__(self)
+        _begin_layer(self, base_layer, workspace)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, config=config)
+
     def update_layer(self, adapter_name: str, r: int, config: HRAConfig, **kwargs: object) -> None:
         """Add an adapter, or replace one of this name.
 
@@ -118,14 +126,6 @@ class ReflectionLayer(nn.Module):
 class ReflectionLinear(ReflectionLayer, HRALinear):
     """A Linear-like layer behind chains: y = base(x Rᵀ)."""
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: HRAConfig, r: int, workspace: Workspace
-    ) -> None:
-        nn.Module.__init__(self)
-        _begin_layer(self, base_layer, workspace)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, config=config)
-
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """base(x Rᵀ).
 
@@ -166,14 +166,6 @@ class ReflectionLinear(ReflectionLayer, HRALinear):
 
 class ReflectionConv2d(ReflectionLayer, HRAConv2d):
     """A convolution behind chains over its (in·kh·kw) patches: y = conv(x, W) + conv1×1(conv(x, A), B), ΔW = B A."""
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: HRAConfig, r: int, workspace: Workspace
-    ) -> None:
-        nn.Module.__init__(self)
-        _begin_layer(self, base_layer, workspace)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, config=config)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base convolution of x (b, in, h, w), plus ΔW's part; `adapter_names` as in `ReflectionLinear`."""
