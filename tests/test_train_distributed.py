@@ -15,6 +15,7 @@ from tests.command_line import ENVIRONMENT, run
 from tests.synthetic import names_beside
 from tests.train_scene import opinions, save_base, save_encoder, sums, tree, write_jsonl
 
+EXITING = Path(__file__).with_name("exit_sharded.py")
 WORKER = Path(__file__).with_name("train_sharded.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = [
@@ -130,3 +131,12 @@ def test_penalty_with_sharded_vectors_is_refused_by_one_voice(folder: Path, tmp_
     assert done.stderr.count("error: the orthogonality penalty needs whole reflection vectors") == 1
     assert "exitcode  : 8" in done.stderr  # of the processes, as torchrun tells it
     assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are starved through /proc")
+def test_process_that_ends_while_gloo_tidies_up_keeps_its_exit_code() -> None:
+    done = subprocess.run(
+        [*TORCHRUN, str(EXITING)], env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("version") == 2

@@ -3,11 +3,14 @@
 Exit codes are those of `hra_export.errors`, plus 2 for usage, 3 for parity that fails, 130 and 143 for interrupts.
 """
 
+import atexit
+import os
 import signal
 import sys
 import traceback
 from importlib import import_module
 from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -54,11 +57,19 @@ def cli() -> None:
     """
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
     make_streams_safe()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    except SystemExit as error:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(error.code, int):
+            _exit_at_once(error.code)
+        raise
+
+
+def _run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
         code = cli.main(args=arguments, prog_name="hra-export", standalone_mode=False)
@@ -66,16 +77,28 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         if as_json:
             print_json_error(type(error).__name__, error.exit_code, error.format_message())
-        code = error.exit_code
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; the output is as it was, or complete", err=True)
-        code = 130
+        return 130
     except HraExportError as error:
         if "--debug" in arguments:
             traceback.print_exc()
         print_error(error, as_json=as_json)
-        code = error.exit_code
-    sys.exit(code if isinstance(code, int) else 0)
+        return error.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """End one of several processes without tearing the interpreter down.
+
+    DTensor's caches keep gloo's threads alive after the process group was destroyed, and one of them that drops its
+    last tensor while the interpreter shuts down aborts the process: https://github.com/pytorch/pytorch/issues/190489.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
