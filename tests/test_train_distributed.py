@@ -106,6 +106,16 @@ def test_data_parallel_run_ends_as_one_process_does(folder: Path, tmp_path: Path
     check_same(folder, options, tmp_path / "out", tmp_path)
 
 
+@pytest.mark.parametrize("options", [CAUSAL, LABELLED], ids=["causal", "labelled"])
+def test_dry_run_of_several_processes_shows_one_plan(folder: Path, tmp_path: Path, options: list[str]) -> None:
+    before = tree(tmp_path)
+    done = launch(folder, [*ACCELERATE, "-m", "hra_export"], options, tmp_path / "out", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("would write") == 1
+    assert done.stderr.count("one row; what stands in [[ ]]") == 1
+    assert tree(tmp_path) == before
+
+
 def test_sharded_run_is_stopped_and_resumed_and_ends_as_one_process_does(folder: Path, tmp_path: Path) -> None:
     """The signal reaches one process only; all save the same step."""
     output = tmp_path / "out"

@@ -128,11 +128,12 @@ def _speak(settings: Settings, *, dry_run: bool, console: Console) -> None:
 
 def _work(settings: Settings, *, dry_run: bool) -> None:
     """The part of any other process: the same work, and not a word."""
-    from hra_export.training.loop import train
+    from hra_export.training.loop import plan_training, train
 
     try:
         base = _resolve_base(settings, Console(quiet=True))
         if dry_run:
+            plan_training(settings, base=base)
             return
         with stopping() as stop:
             stop.is_armed = True

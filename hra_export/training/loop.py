@@ -6,7 +6,7 @@ The output appears when it is complete. Until then, checkpoints lie beside it, a
 from the last whole one, to the same adapter.
 
 Changes torch's global state as transformers' `Trainer` does: it sets seeds. Under `accelerate launch` every process
-calls `train`; the main one writes.
+calls `train`, or `plan_training`; the main one writes.
 """
 
 import resource
@@ -90,7 +90,7 @@ def plan_training(settings: Settings, *, base: Path | None = None, note: Note = 
     Args:
         settings: the run's.
         base: directory of the base; left out, it is `settings.base`.
-        note: told what was decided.
+        note: told what was decided, in the main process.
 
     Raises:
         HraExportError: anything that is wrong.
@@ -99,10 +99,11 @@ def plan_training(settings: Settings, *, base: Path | None = None, note: Note = 
     settings.check()
     processes.join(settings.device)
     root = base or Path(settings.base).expanduser()
-    publish.check_output(settings.output, overwrite=settings.overwrite, protected=_inputs(settings, root))
+    processes.from_main(lambda: _check_output(settings, root))
+    heard = note if processes.is_main() else lambda _: None
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(settings, root, Path(folder, "data"), Path(folder, "run"), has_weights=False, note=note)
-        return _plan(prepared)
+        cache, run = Path(folder, "data"), Path(folder, "run")
+        return _plan(processes.together(lambda: prepare(settings, root, cache, run, has_weights=False, note=heard)))
 
 
 def train(
@@ -171,6 +172,10 @@ def _make_way(settings: Settings, directory: RunDirectory, base: Path) -> None:
     """Refuse an output that cannot be written, before any work; clean up after a run that was published already."""
     if is_published(directory):
         directory.remove()
+    _check_output(settings, base)
+
+
+def _check_output(settings: Settings, base: Path) -> None:
     publish.check_output(settings.output, overwrite=settings.overwrite, protected=_inputs(settings, base))
 
 
