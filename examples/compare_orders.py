@@ -9,7 +9,6 @@ Limits: made-up data; 64 rows, so that one row is 1.6 %; the search minimizes th
 Example: python examples/compare_orders.py --seeds 3 --output build/orders
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,15 @@ from comparison import (
     kept,
     parse_options,
     peak_bytes,
-    say,
     table,
     write_results,
 )
-from demo import DATA, evaluate, fastest_dtype, fetch_base, read_rows
+from demo import DATA, evaluate, fastest_dtype, fetch_base, read_rows, run_script, say
 from methods import adapt, count_trainable, fit, linear_names
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 from transformers.utils import logging as transformers_logging
-
-from hra_export import HraExportError
 
 TARGETS = r"\.layers\."  # every linear layer but the head, whose weights are the embedding's
 GRIDS = {"hra": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3), "full": (1e-5, 3e-5, 1e-4)}
@@ -146,10 +142,4 @@ def padder(padding: int) -> Callable[[list[Row]], dict[str, Tensor]]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except HraExportError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

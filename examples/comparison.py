@@ -25,6 +25,7 @@ from typing import Any
 
 import platformdirs
 import torch
+from demo import say
 from matplotlib.figure import Figure
 
 METHODS = {"hra": "HRA", "lora": "LoRA", "full": "full fine-tuning", "head": "head alone"}
@@ -303,8 +304,3 @@ def percent(score: Score, value: float) -> float:
 def axis_label(score: Score) -> str:
     """The name of a score, and its unit."""
     return f"{score.title}, %" if score.is_share else score.title
-
-
-def say(text: str) -> None:
-    """A line of progress on stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -15,11 +15,11 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import platformdirs
 import torch
@@ -262,6 +262,17 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """End a script as the command line ends: an error is one line, and has its exit code."""
+    try:
+        sys.exit(main())
+    except HraExportError as error:
+        say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def size(directory: Path) -> str:
     """Bytes of a directory's files, for people."""
     return f"{sum(path.stat().st_size for path in directory.rglob('*') if path.is_file()) / 1e6:.1f} MB"
@@ -273,10 +284,4 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except HraExportError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

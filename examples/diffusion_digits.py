@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import platformdirs
 import torch
-from demo import PARITY_FAILED, progress, run_tool, say
+from demo import PARITY_FAILED, progress, run_script, run_tool, say
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
@@ -36,7 +35,6 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hra_export import HraExportError
 from hra_export.training.tuner import get_hra_model
 
 WORDS = (*"0123456789", "solid", "outlined")
@@ -440,10 +438,4 @@ def verdict(scores: Mapping[str, Score], reports: Mapping[str, dict[str, Any]], 
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except HraExportError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -40,17 +40,15 @@ from comparison import (
     kept,
     parse_options,
     peak_bytes,
-    say,
     table,
     write_results,
 )
-from demo import fastest_dtype
+from demo import fastest_dtype, run_script, say
 from methods import adapt, count_trainable, fit, linear_names
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hra_export import HraExportError
 from hra_export.errors import FormatError
 
 DATA_PACKAGE = "vaderSentiment==3.3.2"
@@ -290,10 +288,4 @@ def scores(prediction: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except HraExportError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)
