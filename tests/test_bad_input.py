@@ -22,6 +22,7 @@ import pytest
 from hra_export import filesystem, publish
 from hra_export.checkpoint import MANIFEST_NAME
 from tests.command_line import ENVIRONMENT, PROGRAM, Outcome, run
+from tests.refusals import Case, Damage, Refusals
 from tests.synthetic import (
     RANK,
     Sizes,
@@ -95,27 +96,7 @@ class Scene:
         return found
 
 
-Damage = Callable[[Scene], Sequence[str | Path] | None]
-
-
-@dataclass(frozen=True)
-class Case:
-    damage: Damage
-    code: int
-    says: tuple[str, ...]
-
-
-CASES: list[Case] = []
-
-
-def refused(code: int, *says: str) -> Callable[[Damage], Damage]:
-    """Register a case that ends with `code`; each of `says` is in the message."""
-
-    def register(damage: Damage) -> Damage:
-        CASES.append(Case(damage, code, says))
-        return damage
-
-    return register
+refused: Refusals[Scene] = Refusals()
 
 
 @pytest.fixture
@@ -774,14 +755,14 @@ def check_refused(
     return outcome
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.damage.__name__)
-def test_merge_refuses(case: Case, scene: Scene) -> None:
+@pytest.mark.parametrize("case", refused.cases, ids=lambda case: case.damage.__name__)
+def test_merge_refuses(case: Case[Scene], scene: Scene) -> None:
     arguments = case.damage(scene) or scene.merge
     check_refused(scene, arguments, case.code, case.says)
 
 
 def test_table_is_as_large_as_it_claims_to_be() -> None:
-    names = [case.damage.__name__ for case in CASES]
+    names = [case.damage.__name__ for case in refused.cases]
     assert len(names) >= 75
     assert len(set(names)) == len(names)
 
@@ -803,8 +784,8 @@ PROCESS_CASES = [base_cut_off_in_the_data, nan_in_a_weight_that_is_folded, outpu
 
 
 @pytest.mark.parametrize("damage", PROCESS_CASES, ids=lambda damage: damage.__name__)
-def test_merge_refuses_as_a_process(damage: Damage, scene: Scene) -> None:
-    case = next(case for case in CASES if case.damage is damage)
+def test_merge_refuses_as_a_process(damage: Damage[Scene], scene: Scene) -> None:
+    case = next(case for case in refused.cases if case.damage is damage)
     arguments = damage(scene) or scene.merge
     check_refused(scene, arguments, case.code, case.says, run_process)
 
@@ -819,8 +800,8 @@ def test_base_of_the_hub_is_not_fetched_when_offline(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("damage", [nan_column, lora_adapter, base_missing, output_exists, grouped_convolution])
-def test_json_gives_an_error_as_one_object_on_stdout(damage: Damage, scene: Scene) -> None:
-    case = next(case for case in CASES if case.damage is damage)
+def test_json_gives_an_error_as_one_object_on_stdout(damage: Damage[Scene], scene: Scene) -> None:
+    case = next(case for case in refused.cases if case.damage is damage)
     outcome = run(*(damage(scene) or scene.merge), "--json")
     assert outcome.code == case.code
     assert outcome.stdout.count("\n") == 1

@@ -18,6 +18,7 @@ import torch
 from hra_export.adapter import read_adapter
 from hra_export.training.checkpoints import RunDirectory
 from tests.command_line import Outcome, run
+from tests.refusals import Case, Refusals
 from tests.tiny_models import build
 from tests.train_scene import chats, opinions, save_base, save_encoder, save_tokenizer, sums, tree, write_jsonl
 
@@ -66,27 +67,7 @@ class Scene:
         return run("train", *known, *more)
 
 
-Damage = Callable[[Scene], Sequence[str | Path] | None]
-
-
-@dataclass(frozen=True)
-class Case:
-    damage: Damage
-    code: int
-    says: tuple[str, ...]
-
-
-CASES: list[Case] = []
-
-
-def refused(code: int, *says: str) -> Callable[[Damage], Damage]:
-    """Register a case that ends with `code`; each of `says` is in the message."""
-
-    def register(damage: Damage) -> Damage:
-        CASES.append(Case(damage, code, says))
-        return damage
-
-    return register
+refused: Refusals[Scene] = Refusals()
 
 
 @pytest.fixture(scope="module")
@@ -330,8 +311,8 @@ def tracker_that_does_not_exist(scene: Scene) -> Sequence[str]:
     return ["--report-to", "nobody"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.damage.__name__)
-def test_train_refuses(scene: Scene, case: Case) -> None:
+@pytest.mark.parametrize("case", refused.cases, ids=lambda case: case.damage.__name__)
+def test_train_refuses(scene: Scene, case: Case[Scene]) -> None:
     more = case.damage(scene) or []
     before = tree(scene.folder)
     outcome = scene.train(*more)
@@ -343,8 +324,10 @@ def test_train_refuses(scene: Scene, case: Case) -> None:
     assert [path.name for path in scene.folder.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.code == 4][:12], ids=lambda case: case.damage.__name__)
-def test_plan_refuses_the_same(scene: Scene, case: Case) -> None:
+@pytest.mark.parametrize(
+    "case", [case for case in refused.cases if case.code == 4][:12], ids=lambda case: case.damage.__name__
+)
+def test_plan_refuses_the_same(scene: Scene, case: Case[Scene]) -> None:
     """What can be known without weights is known before they are loaded."""
     more = case.damage(scene) or []
     outcome = scene.train(*more, "--dry-run", "--json")
