@@ -6,8 +6,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -107,3 +109,14 @@ def as_data(runs: Mapping[str, Sequence[Run]]) -> dict[str, list[dict[str, float
 def say(text: str) -> None:
     """Progress, on stderr."""
     sys.stderr.write(f"{text}\n")
+
+
+@contextmanager
+def work_folder(chosen: Path | None) -> Iterator[Path]:
+    """The folder that was chosen, made if need be and kept; or one that is deleted afterwards."""
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
+        yield chosen
+        return
+    with tempfile.TemporaryDirectory(prefix="hra-export-benchmark-") as folder:
+        yield Path(folder)

@@ -11,16 +11,13 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.harness import Contender, as_data, interleave, median, report, say
+from benchmarks.harness import Contender, as_data, interleave, median, report, say, work_folder
 
 RANK = 8
 PEFT_MERGE = """
@@ -61,7 +58,7 @@ def main() -> None:
     parser.add_argument("--peft-rounds", type=int, default=1, help="PEFT takes minutes at d = 4096")
     parser.add_argument("--only", choices=["smollm2", *GENERATED])
     arguments = parser.parse_args()
-    with _work_folder(arguments.work) as work:
+    with work_folder(arguments.work) as work:
         rows, data = [], {}
         for name in [arguments.only] if arguments.only else ["smollm2", *GENERATED]:
             say(f"{name}:")
@@ -71,16 +68,6 @@ def main() -> None:
     header = ["checkpoint", "size", "cp + sync", "start-up", "merge", "beyond start-up / cp", "PEFT", "PEFT / merge",
               "peak MB", "PEFT peak MB"]  # fmt: skip
     report("merge", header, rows, {"runs": data})
-
-
-@contextmanager
-def _work_folder(chosen: Path | None) -> Iterator[Path]:
-    if chosen is not None:
-        chosen.mkdir(parents=True, exist_ok=True)
-        yield chosen
-        return
-    with tempfile.TemporaryDirectory(prefix="hra-export-benchmark-") as folder:
-        yield Path(folder)
 
 
 def _measure(name: str, work: Path, rounds: int, peft_rounds: int) -> tuple[list[str], dict[str, object]]:

@@ -25,13 +25,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import report, say
+from benchmarks.harness import report, say, work_folder
 from benchmarks.trainee import METHODS, Case, Method
 
 THREADS = 2
@@ -43,8 +43,8 @@ MEMORY_BAR = 1.05
 SPEED_BAR, SPEED_BAR_WIDTH = 10, 2048
 # At this length, what is slow about a first step alone is within a percent or two.
 SLOW_SECONDS = 5.0
-# Of the few blocks of a single layer, chance decides which glibc gives back to the system and asks for again: up to a
-# millisecond of page faults in a step, whoever's it is. Within these bounds, the highest it takes, it keeps them.
+# Of the few blocks of a single layer, chance decides which glibc gives back to the system and asks for again: some
+# milliseconds of page faults in a step, whoever's it is. Within these bounds, the highest it takes, it keeps them.
 KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 PROGRAM = "from benchmarks.trainee import serve; serve()"
 
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="CASE", help="whole names of cases, or how they begin")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     arguments = parser.parse_args()
-    with _work_folder(arguments.work) as work:
+    with work_folder(arguments.work) as work:
         chosen = choose(cases(work / "smollm2"), arguments.only)
         if not chosen:
             parser.error(f"no such case; there are: {', '.join(case.name for case in cases(work))}")
@@ -289,16 +289,6 @@ def table(case: Case, figures: Mapping[Method, Figures]) -> list[list[str]]:
 
 def _ratio(part: float, whole: float) -> str:
     return f"{part / whole:.3f}" if part and whole else ""
-
-
-@contextmanager
-def _work_folder(chosen: Path | None) -> Iterator[Path]:
-    if chosen is not None:
-        chosen.mkdir(parents=True, exist_ok=True)
-        yield chosen
-        return
-    with tempfile.TemporaryDirectory(prefix="hra-export-benchmark-") as folder:
-        yield Path(folder)
 
 
 def _unpack_smollm2(directory: Path) -> None:
