@@ -141,7 +141,7 @@ class Contender:
             for _ in range(steps):
                 self.step()
             return (time.perf_counter() - began) / steps
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
         first.record()
         for _ in range(steps):
             self.step()

@@ -101,7 +101,7 @@ def train_and_test(run: Run, base: Path, parts: tuple[Sequence[dict[str, str]], 
     )
 
 
-class AnswerTrainer(Trainer):  # type: ignore[misc]
+class AnswerTrainer(Trainer):  # type: ignore[misc]  # transformers is Any to mypy
     """A trainer that scores the vocabulary only where an answer is learned: half of a step would be the prompts'."""
 
     def compute_loss(

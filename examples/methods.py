@@ -123,7 +123,7 @@ def parameter_groups(model: nn.Module, run: Run, head: Sequence[str] = ()) -> li
     return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
 
-class Stopwatch(TrainerCallback):  # type: ignore[misc]
+class Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is Any to mypy
     """Seconds of the training steps alone, and what the evaluations between them found.
 
     Attributes:

@@ -25,7 +25,7 @@ def example() -> Iterator[ModuleType]:
     sys.path.insert(0, str(EXAMPLES))
     try:
         module = importlib.import_module("diffusion_digits")
-        module.BASE_BATCH = module.BATCH = 4  # type: ignore[attr-defined]
+        module.BASE_BATCH = module.BATCH = 4  # type: ignore[attr-defined]  # of a ModuleType
         yield module
     finally:
         sys.path.remove(str(EXAMPLES))
