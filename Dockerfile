@@ -32,7 +32,7 @@ COPY converters converters
 ENV SOURCE_DATE_EPOCH=315532800
 RUN /opt/venv/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /opt/wheel .
 RUN /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" \
-    "$(echo /opt/wheel/hra_export-*.whl)[diffusers,gguf,train]"
+    "$(echo /opt/wheel/hra_export-*.whl)[diffusers,genai,gguf,train]"
 
 FROM python
 ARG VERSION=0.1.0

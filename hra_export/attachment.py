@@ -4,11 +4,13 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hra_export.adapter import HraAdapter
-from hra_export.errors import MismatchError, UnsupportedModelError
+from hra_export import householder
+from hra_export.errors import MismatchError, NumericalError, UnsupportedModelError
 from hra_export.layer import Chain, ReflectedConv2d, ReflectedEmbedding, ReflectedLayer, RotatedRegion, chains_of
 from hra_export.layout import runtime_location
 from hra_export.names import is_under
@@ -48,6 +50,24 @@ class Attachment:
             yield
         finally:
             self._set_enabled(before)
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        """Fold every chain into the weight behind it and take the layers out: a plain model, for good.
+
+        Each weight is computed in float64 and rounded once. It is a parameter of its own afterwards: one that was
+        tied to another module no longer is. Biases and saved modules stay the adapters'.
+
+        Raises:
+            NumericalError: a chain has no direction, or a folded weight is not finite in its dtype.
+        """
+        for path, layer in self.layers.items():
+            if isinstance(layer, ReflectedLayer):
+                layer.base_layer.weight = nn.Parameter(_folded(path, layer), requires_grad=False)
+                self.model.set_submodule(path, layer.base_layer)
+        for module in list(self.model.modules()):
+            for name in [name for name in getattr(module, "parametrizations", {}) if _is_rotated(module, name)]:
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
     def detach(self) -> None:
         """Take the layers out again and restore biases and saved modules."""
@@ -194,6 +214,19 @@ def _install_chain(
     layer.train(base.training)
     model.set_submodule(site, layer)
     return layer
+
+
+def _folded(path: str, layer: ReflectedLayer) -> Tensor:
+    """W R in W's dtype and shape."""
+    weight: Tensor = layer.base_layer.weight
+    blocks = [householder.compact_wy(chain.hra_u, orthogonalize=chain.orthogonalize) for chain in chains_of(layer)]
+    whole = householder.compose(blocks[0], *blocks[1:])
+    is_transposed = type(layer.base_layer).__name__ == "Conv1D"  # (in, out)
+    exact = householder.fold(weight.T if is_transposed else weight, whole, strength=layer.strength)
+    folded = (exact.T if is_transposed else exact).to(weight.dtype).contiguous()
+    if not folded.isfinite().all():
+        raise NumericalError(f"`{path}`: the folded weight is not finite in {weight.dtype}")
+    return folded
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -220,6 +220,25 @@ def low_rank_factors(weight: Tensor, reflector: BlockReflector) -> tuple[Tensor,
     return -((weight @ reflector.u) @ reflector.t), reflector.u.T
 
 
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product of two thin matrices from factors of equal size, which lose least when they are rounded.
+
+    left · right = P Σ Qᵀ becomes (P √Σ)(√Σ Qᵀ), by two QR decompositions and an SVD of their small core.
+
+    Args:
+        left: (m, r), float64 as a rule.
+        right: (r, n).
+
+    Returns:
+        (m, r) and (r, n); columns beyond the numerical rank are tiny.
+    """
+    q_left, core_left = torch.linalg.qr(left)
+    q_right, core_right = torch.linalg.qr(right.T)
+    p, sigma, q_t = torch.linalg.svd(core_left @ core_right.T)
+    root = sigma.sqrt()
+    return q_left @ (p * root), (root[:, None] * q_t) @ q_right.T
+
+
 def dense(reflector: BlockReflector) -> Tensor:
     """R itself, (d, d). For tests and small examples: O(d²) memory, which nothing else here needs."""
     identity = torch.eye(reflector.features, dtype=reflector.u.dtype, device=reflector.u.device)
