@@ -16,17 +16,21 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from hra_export import architecture, filesystem, publish
+from hra_export import architecture, filesystem, ggml, publish
 from hra_export.checkpoint import MANIFEST_NAME
 from hra_export.errors import CheckpointError, FormatError, UnsupportedModelError
+from hra_export.quantization import QuantizedMatrix
 from hra_export.tensorfile import DTYPES, TensorLayout, lay_out, tensor_bytes
 
 MAGIC = b"GGUF"
@@ -99,13 +103,44 @@ def convert(
     """
     reader = _open(source)
     kind = _architecture(source, reader)
-    config, companions = _describe(source, kind)
+    config = _configuration(source, kind)
+    companions = _tokenizer_files(source, kind)
     plan = _plan(source, reader, kind, config)
     companions |= _model_files(plan)
     layouts = {name: _lay_out(parameters) for name, parameters in plan.shards(max_shard_bytes).items()}
     if len(layouts) > 1:
         companions["model.safetensors.index.json"] = _index(layouts)
     return _write(plan, layouts, companions, output, overwrite=overwrite, progress=progress)
+
+
+def quantized_matrices(source: Path) -> Iterator[tuple[str, QuantizedMatrix]]:
+    """The file's quantized matrices with their own codes, for graphs that compute with them.
+
+    Stacked experts, types without affine blocks and everything in floating point are left out.
+
+    Args:
+        source: a `.gguf` file.
+
+    Yields:
+        The name of transformers' parameter, and its matrix (o, d) with rows in the parameter's order; one at a time,
+        nothing dequantized.
+
+    Raises:
+        FormatError: not a GGUF file, or damaged.
+        CheckpointError: the file lacks tensors, or its metadata makes no model.
+        UnsupportedModelError: as for `convert`.
+    """
+    reader = _open(source)
+    kind = _architecture(source, reader)
+    plan = _plan(source, reader, kind, _configuration(source, kind))
+    for parameter in plan.parameters:
+        tensor = parameter.sources[0]
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        if len(parameter.sources) > 1 or len(shape) != 2:
+            continue
+        matrix = ggml.read_blocks(_type(tensor), tensor.data, (shape[0], shape[1]))
+        if matrix is not None:
+            yield parameter.name, matrix.rows(_row_order(plan, parameter, tensor, shape))
 
 
 def cache_name(source: Path) -> str:
@@ -219,28 +254,45 @@ def _plain(name: str) -> str:
     return re.sub("[-_]", "", name)
 
 
-def _describe(source: Path, kind: str) -> tuple[dict[str, object], dict[str, bytes]]:
-    """The configuration, and the tokenizer's files, as transformers reads them from the metadata."""
-    from transformers import AutoConfig, AutoTokenizer
+def _configuration(source: Path, kind: str) -> dict[str, object]:
+    """The model's configuration, as transformers reads it from the metadata."""
+    from transformers import AutoConfig
 
-    # A folder with nothing but the file: what lies beside it must not be taken for its tokenizer.
+    with _alone(source, kind) as (folder, options):
+        config = AutoConfig.from_pretrained(folder, **options).to_diff_dict()
+    return {key: value for key, value in config.items() if key not in LOADING_KEYS}
+
+
+def _tokenizer_files(source: Path, kind: str) -> dict[str, bytes]:
+    """The tokenizer's files, as transformers reads them from the metadata."""
+    from transformers import AutoTokenizer
+
+    with _alone(source, kind) as (folder, options):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    with TemporaryDirectory(prefix="hra-export-") as saved:
+        tokenizer.save_pretrained(saved)
+        files = {path.name: path.read_bytes() for path in sorted(Path(saved).iterdir())}
+    settings = json.loads(files["tokenizer_config.json"])
+    files["tokenizer_config.json"] = _json({key: settings[key] for key in settings if key not in LOADING_KEYS})
+    return files
+
+
+@contextmanager
+def _alone(source: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A folder with nothing but the file, and how to load from it: its neighbours must not be taken for its tokenizer.
+
+    Raises:
+        CheckpointError: transformers fails inside the block. Metadata that makes no sense fails anywhere in it, with
+            any exception.
+    """
     with TemporaryDirectory(prefix="hra-export-") as folder:
         Path(folder, "model.gguf").symlink_to(source.resolve())
-        options = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
-        # Metadata that makes no sense fails anywhere in transformers, with any exception.
         try:
-            config = AutoConfig.from_pretrained(folder, **options).to_diff_dict()
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            yield folder, {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
         except Exception as error:
             raise CheckpointError(
                 f"transformers cannot read the metadata of `{source}` ({kind}): {type(error).__name__}: {error}"
             ) from error
-        saved = Path(folder, "tokenizer")
-        tokenizer.save_pretrained(saved)
-        files = {path.name: path.read_bytes() for path in sorted(saved.iterdir())}
-    settings = json.loads(files["tokenizer_config.json"])
-    files["tokenizer_config.json"] = _json({key: settings[key] for key in settings if key not in LOADING_KEYS})
-    return {key: value for key, value in config.items() if key not in LOADING_KEYS}, files
 
 
 def _plan(source: Path, reader: Any, kind: str, config: dict[str, object]) -> _Plan:
@@ -403,6 +455,22 @@ def _values(plan: _Plan, parameters: Sequence[_Parameter]) -> Iterator[tuple[str
                 f"`{plan.source}`: transformers does not say how `{parameter.name}` is put together"
             )
         yield parameter.name, held[parameter.name]
+
+
+def _row_order(plan: _Plan, parameter: _Parameter, tensor: Any, shape: Sequence[int]) -> NDArray[np.int64]:
+    """Which row of the file each output of the parameter is: transformers' own reordering, done to row numbers."""
+    numbers = np.broadcast_to(np.arange(shape[0])[:, None], shape).copy()
+    result = plan.processor.process(
+        weights=numbers, name=tensor.name, tensor_key_mapping=plan.mapping, parsed_parameters={"tensors": {}}
+    )
+    if result.name is not None:
+        moved = result.weights if result.weights.shape == numbers.shape else result.weights.T  # GPT-2 stores (d, o)
+        if np.array_equal(moved, np.broadcast_to(moved[:, :1], shape)):
+            order: NDArray[np.int64] = moved[:, 0]
+            return order
+    raise UnsupportedModelError(
+        f"`{plan.source}`: transformers takes the rows of `{parameter.name}` apart, so its blocks cannot be kept"
+    )
 
 
 def _is_same(stored: Tensor, value: Tensor) -> bool:

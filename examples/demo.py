@@ -1,8 +1,9 @@
-"""Train, merge and validate an adapter for a real language model on the CPU, in a few minutes: what `make demo` runs.
+"""Train, merge and export an adapter for a real language model on the CPU, in a few minutes: what `make demo` runs.
 
 SmolLM2-135M-Instruct learns to turn an order in English into five fields. It is asked the same held-out rows three
 times: as it came, with the adapter of `hra-export train` live, and after `hra-export merge`. An answer counts when
-every field is right.
+every field is right. Then `hra-export onnx` writes it as graphs, folded and with the reflections as operators, and one
+order is answered by PyTorch, ONNX Runtime and ONNX Runtime GenAI.
 
 Limits: made-up data and one seed; this shows that the pieces fit, not how good HRA is.
 
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 
 import platformdirs
 import torch
+from runtimes import answer_with_genai, answer_with_onnxruntime
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -60,36 +62,43 @@ def main() -> int:
     started = time.perf_counter()
     heldout_rows = read_rows(DATA / "heldout.jsonl")
     adapter, merged = options.output / "adapter", options.output / "merged"
-    say(f"[1/6] base model, kept in `{options.cache}`")
+    say(f"[1/8] base model, kept in `{options.cache}`")
     base = fetch_base(options.cache)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    say(f"[2/6] the base model answers {len(heldout_rows)} held-out rows")
+    say(f"[2/8] the base model answers {len(heldout_rows)} held-out rows")
     model = load(base, torch.float32)
     before = evaluate(model, tokenizer, heldout_rows, "before")
-    say("[3/6] train an HRA adapter")
+    say("[3/8] train an HRA adapter")
     train_report = run_tool(
         "train", "--base", base, "--data", DATA / "train.jsonl", "--output", adapter, "--overwrite",
         *TRAINING, "--dtype", name_of(fastest_dtype()),
     )  # fmt: skip
-    say("[4/6] the adapted model answers, with live layers")
+    say("[4/8] the adapted model answers, with live layers")
     attach(model, read_adapter(adapter))
     adapted = evaluate(model, tokenizer, heldout_rows, "adapted")
     del model
-    say("[5/6] merge and validate")
+    say("[5/8] merge and validate")
     merge_report = run_tool("merge", adapter, "--base", base, "--output", merged, "--overwrite")
     validate_report = run_tool("validate", adapter, "--base", base, "--candidate", merged)
-    say("[6/6] the merged model answers: plain transformers, nothing of HRA left")
+    say("[6/8] the merged model answers: plain transformers, nothing of HRA left")
     final = evaluate(load(merged, torch.float32), tokenizer, heldout_rows, "merged")
+    say("[7/8] export for ONNX Runtime GenAI, folded and with the reflections as operators")
+    graphs = {mode: options.output / f"onnx-{mode}" for mode in ("merged", "reflect")}
+    export_reports = {mode: export(adapter, base, mode, folder) for mode, folder in graphs.items()}
+    say("[8/8] the first order, answered by each runtime")
+    answers = answer_everywhere(graphs, tokenizer, heldout_rows[0]["prompt"], adapted.answers[0])
     scores = {"before": before, "adapted": adapted, "merged": final}
     lines = [
         score_table(scores, len(heldout_rows)),
         *summary(train_report, merge_report, validate_report, adapted, final),
+        *export_summary(export_reports, answers),
         f"sizes     base {size(base)}, adapter {size(adapter)}, merged {size(merged)}",
         f"time      {time.perf_counter() - started:.0f} s in all",
-        f"files     {adapter}\n          {merged}",
+        "files     " + "\n          ".join(map(str, (adapter, merged, *graphs.values()))),
     ]
     print("\n".join(["", *lines]))
-    return verdict(scores, validate_report, len(heldout_rows))
+    parity = [validate_report, *(report["validation"] for report in export_reports.values())]
+    return verdict(scores, parity, answers, len(heldout_rows))
 
 
 def parse_options() -> argparse.Namespace:
@@ -239,11 +248,46 @@ def summary(
     )
 
 
-def verdict(scores: dict[str, Score], validate: dict[str, Any], rows: int) -> int:
-    """The exit code: 3 when parity failed, 1 when training or merging lost the answers."""
-    if not validate["ok"]:
-        say(f"error: parity failed: {'; '.join(validate['findings'])}")
+def export(adapter: Path, base: Path, mode: str, output: Path) -> dict[str, Any]:
+    """Write one directory for ONNX Runtime GenAI, validated."""
+    options = ("--mode", mode, "--runtime", "genai", "--overwrite")
+    return run_tool("onnx", adapter, "--base", base, "--output", output, *options)
+
+
+def answer_everywhere(graphs: dict[str, Path], tokenizer: Any, prompt: str, expected: str) -> dict[str, str]:
+    """Who answered → the answer to one prompt; PyTorch's comes first."""
+    ids, stop = list(tokenizer(prompt)["input_ids"]), {tokenizer.eos_token_id}
+    answers = {"PyTorch, live layers": expected}
+    for mode, directory in graphs.items():
+        for name, answer in (("ONNX Runtime", answer_with_onnxruntime), ("ONNX Runtime GenAI", answer_with_genai)):
+            tokens = answer(directory, ids, stop=stop, max_new_tokens=MAX_NEW_TOKENS)
+            answers[f"{name}, {mode}"] = tokenizer.decode(tokens, skip_special_tokens=True)
+    return answers
+
+
+def export_summary(reports: dict[str, dict[str, Any]], answers: dict[str, str]) -> Iterable[str]:
+    """What the exports took, how exact they are, and whether all runtimes say the same."""
+    for mode, report in reports.items():
+        nodes, parity = report["graphs"][0]["nodes"], report["validation"]
+        yield (
+            f"onnx      {mode}: {nodes} nodes, {report['seconds']:.0f} s, the adapter's effect is off by "
+            f"{parity['effect_error']:.1e} (allowed {parity['tolerance']['effect']:.0e})"
+        )
+    (expected, *others) = answers.values()
+    first = " · ".join(expected.strip().splitlines())
+    same = [name for name, answer in answers.items() if answer == expected]
+    yield f"answers   {len(same)} of {1 + len(others)} are `{first}`: {'; '.join(same)}"
+
+
+def verdict(scores: dict[str, Score], parity: list[dict[str, Any]], answers: dict[str, str], rows: int) -> int:
+    """The exit code: 3 when parity failed, 1 when training, merging or a runtime lost the answers."""
+    failed = [finding for report in parity if not report["ok"] for finding in report["findings"]]
+    if failed:
+        say(f"error: parity failed: {'; '.join(failed)}")
         return PARITY_FAILED
+    if len(set(answers.values())) > 1:
+        say(f"error: the runtimes do not agree: {answers}")
+        return 1
     worst = min(scores["adapted"].exact, scores["merged"].exact)
     if worst < MIN_EXACT * rows:
         say(f"error: expected at least {MIN_EXACT:.0%} of the rows right after training, got {worst / rows:.0%}")

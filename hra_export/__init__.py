@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from hra_export.checkpoint import Checkpoint as Checkpoint
     from hra_export.checkpoint import open_checkpoint as open_checkpoint
     from hra_export.errors import HraExportError as HraExportError
+    from hra_export.export import export_graphs as export_graphs
+    from hra_export.export import plan_export as plan_export
+    from hra_export.graph.options import GraphOptions as GraphOptions
+    from hra_export.graph.session import GraphSession as GraphSession
     from hra_export.householder import BlockReflector as BlockReflector
     from hra_export.householder import compact_wy as compact_wy
     from hra_export.inspection import inspect_adapter as inspect_adapter
@@ -26,11 +30,14 @@ if TYPE_CHECKING:
     from hra_export.training.tuner import accelerate_peft as accelerate_peft
     from hra_export.training.tuner import get_hra_model as get_hra_model
     from hra_export.training.tuner import load_hra_model as load_hra_model
-    from hra_export.validate import validate_merged as validate_merged
+    from hra_export.validation.graphs import validate_graph as validate_graph
+    from hra_export.validation.merged import validate_merged as validate_merged
 
 _ORIGIN = {
     "BlockReflector": "householder",
     "Checkpoint": "checkpoint",
+    "GraphOptions": "graph.options",
+    "GraphSession": "graph.session",
     "HraAdapter": "adapter",
     "HraExportError": "errors",
     "MergePlan": "plan",
@@ -39,15 +46,18 @@ _ORIGIN = {
     "accelerate_peft": "training.tuner",
     "attach": "attachment",
     "compact_wy": "householder",
+    "export_graphs": "export",
     "get_hra_model": "training.tuner",
     "inspect_adapter": "inspection",
     "load_hra_model": "training.tuner",
     "merge_checkpoint": "merge",
     "open_checkpoint": "checkpoint",
+    "plan_export": "export",
     "plan_merge": "planning",
     "read_adapter": "adapter",
     "reflect": "reflection",
-    "validate_merged": "validate",
+    "validate_graph": "validation.graphs",
+    "validate_merged": "validation.merged",
     "write_adapter": "adapter",
 }
 

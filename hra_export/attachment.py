@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hra_export.adapter import HraAdapter
 from hra_export import householder
+from hra_export.adapter import HraAdapter
 from hra_export.errors import MismatchError, NumericalError, UnsupportedModelError
 from hra_export.layer import Chain, ReflectedConv2d, ReflectedEmbedding, ReflectedLayer, RotatedRegion, chains_of
 from hra_export.layout import runtime_location
@@ -218,7 +218,7 @@ def _install_chain(
 
 def _folded(path: str, layer: ReflectedLayer) -> Tensor:
     """W R in W's dtype and shape."""
-    weight: Tensor = layer.base_layer.weight
+    weight: Tensor = layer.base_layer.weight  # type: ignore[assignment]  # torch types attributes as Tensor | Module
     blocks = [householder.compact_wy(chain.hra_u, orthogonalize=chain.orthogonalize) for chain in chains_of(layer)]
     whole = householder.compose(blocks[0], *blocks[1:])
     is_transposed = type(layer.base_layer).__name__ == "Conv1D"  # (in, out)

@@ -14,6 +14,7 @@ import torch
 
 from hra_export import modelcard, publish
 from hra_export.checkpoint import MANIFEST_NAME
+from hra_export.companions import changed_config, companion_files
 from hra_export.filesystem import as_output_error
 from hra_export.plan import MergePlan, Shard
 from hra_export.stream import Progress, Streamer, TensorTally
@@ -25,23 +26,6 @@ logger = logging.getLogger(__name__)
 VISIBLE_LOSS = 0.05
 # Shards written at a time: one waits for the disk to be flushed while the next is computed.
 SHARDS_AT_ONCE = 2
-# Files that a tokenizer or processor consists of; the adapter directory's own copy wins over the base's.
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 @dataclass(frozen=True)
@@ -209,23 +193,14 @@ def _report(plan: MergePlan, output: Path, tallies: Mapping[str, TensorTally]) -
 
 
 def _companions(plan: MergePlan) -> dict[str, Path]:
-    """Output name → file to copy: the base's companions, the adapters' own tokenizer files winning."""
+    """Output name → file to copy, of those that are not generated."""
     generated = _generated_files(plan)
-    found = {str(name): plan.base.root / name for name in plan.base.companions()}
-    if not plan.base.component:  # a pipeline keeps its tokenizers in folders of their own
-        for adapter in plan.adapters:
-            own = [adapter.path / name for name in TOKENIZER_FILES] if adapter.path is not None else []
-            found.update({path.name: path for path in own if path.is_file()})
-    return {name: path for name, path in found.items() if name not in generated}
+    return {name: path for name, path in companion_files(plan).items() if name not in generated}
 
 
 def _generated_files(plan: MergePlan) -> dict[str, bytes]:
     """The files that are not copied: the shard index, a configuration that must change, the model card."""
-    files = {"README.md": modelcard.merged_card(plan).encode(errors="replace")}
-    folder = PurePosixPath(plan.base.component)
-    if plan.config_changes:
-        config = {**plan.base.config, **plan.config_changes}
-        files[str(folder / "config.json")] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    files = {"README.md": modelcard.merged_card(plan).encode(errors="replace"), **changed_config(plan)}
     if len(plan.shards) > 1 or plan.base.index_name is not None:
         stem = plan.base.files[0].path.name.removesuffix(".safetensors").split("-0")[0]
         index = {
@@ -233,7 +208,7 @@ def _generated_files(plan: MergePlan) -> dict[str, bytes]:
             "weight_map": {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors},
         }
         name = plan.base.index_name or f"{stem}.safetensors.index.json"
-        files[str(folder / name)] = (json.dumps(index, indent=2) + "\n").encode()
+        files[str(PurePosixPath(plan.base.component, name))] = (json.dumps(index, indent=2) + "\n").encode()
     return files
 
 

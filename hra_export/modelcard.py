@@ -11,32 +11,57 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 
 def merged_card(plan: "MergePlan") -> str:
     """README.md of the merged checkpoint: `base_model`, `base_model_relation: merge`, and a line on each adapter."""
+    library = "diffusers" if plan.base.component or "_class_name" in plan.base.config else "transformers"
+    adapters = _adapter_lines(plan)
+    strength = "" if plan.strength == 1 else f"\n\nThe adapters were folded at strength {plan.strength:g}."
+    return (
+        f"{_head(plan, library, ['hra', 'merge'])}# {plan.base.root.name}, with HRA adapters merged\n\n"
+        "The Householder reflections of these adapters are folded into the weights, in this order:\n\n"
+        f"{adapters}{strength}\n\n"
+        "`hra_export_manifest.json` says what was done to each tensor, and what rounding cost. "
+        "Made with `hra-export merge`.\n"
+    )
+
+
+def graph_card(plan: "MergePlan", mode: str) -> str:
+    """README.md of an exported graph.
+
+    Args:
+        plan: of the merge that the graph stands for.
+        mode: `merged` or `reflect`.
+    """
+    how = "folded into the weights" if mode == "merged" else "operators of the graph, in front of the base's weights"
+    return (
+        f"{_head(plan, 'onnx', ['hra', 'onnx'])}# {plan.base.root.name}, with HRA adapters, as ONNX\n\n"
+        f"The Householder reflections of these adapters are {how}, in this order:\n\n"
+        f"{_adapter_lines(plan)}\n\n"
+        "`hra_export_manifest.json` lists the graphs, their inputs and their outputs. Made with `hra-export onnx`.\n"
+    )
+
+
+def _head(plan: "MergePlan", library: str, tags: list[str]) -> str:
+    """The front matter, between its lines."""
     import yaml
 
     base = next((adapter.base for adapter in plan.adapters if adapter.base), None)
     inherited = {key: value for key, value in _front_matter(plan).items() if key in INHERITED}
-    library = "diffusers" if plan.base.component or "_class_name" in plan.base.config else "transformers"
     fields: dict[str, Any] = {
         "library_name": library,
         **inherited,
-        "tags": ["hra", "merge"],
+        "tags": tags,
         "base_model_relation": "merge",
     }
     if base is not None and not base.startswith((".", "~", "/")) and base.count("/") == 1:
         fields["base_model"] = base  # a Hub id; a path on somebody's disk says nothing to others
     data = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()
-    adapters = "\n".join(
+    return f"---\n{data}\n---\n\n"
+
+
+def _adapter_lines(plan: "MergePlan") -> str:
+    return "\n".join(
         f"- `{adapter.path.name if adapter.path else 'adapter'}`: rank {adapter.rank}, {len(adapter.chains)} targets"
         f"{', Gram-Schmidt' if adapter.orthogonalize else ''}"
         for adapter in plan.adapters
-    )
-    strength = "" if plan.strength == 1 else f"\n\nThe adapters were folded at strength {plan.strength:g}."
-    return (
-        f"---\n{data}\n---\n\n# {plan.base.root.name}, with HRA adapters merged\n\n"
-        "The Householder reflections of these adapters are folded into the weights, in this order:\n\n"
-        f"{adapters}{strength}\n\n"
-        "`hra_export_manifest.json` says what was done to each tensor, and what rounding cost. "
-        "Made with `hra-export merge`.\n"
     )
 
 

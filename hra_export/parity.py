@@ -2,60 +2,25 @@
 
 Arrays in, a report out. The metric that matters is the adapter's effect, ‖(cand − base) − (ref − base)‖ / ‖ref − base‖:
 0 is a perfect candidate, 1 is the base itself. A dropped adapter can pass every test on logits, never this one.
+
+A quantized candidate errs in its base too, often by more than the adapter does. That error has no direction, so what
+is asked there is the share of the effect that arrived, ⟨cand − base, ref − base⟩ / ‖ref − base‖²: 1 is the adapter, 0
+is none. Where the candidate also runs without the adapter, its own base takes the base's place.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hra_export.tolerance import Tolerance, tolerance_for
 
 Array = NDArray[np.floating]
 
 # Two float32 runs of one model differ by this share of their outputs when only the order of sums changes.
 NOISE = 1e-6
-# Rounding moves outputs about as much, relative to the adapter's effect, as it changes ΔW; layers that weigh their
-# targets unevenly raise that by a small factor.
-EFFECT_PER_ROUNDING = 4.0
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What a candidate stored in one dtype may differ by, and why.
-
-    Attributes:
-        effect: bound on the relative error of the adapter's effect.
-        kl: bound on the mean KL divergence of next-token distributions, in nats.
-        reason: where the bounds come from.
-    """
-
-    effect: float
-    kl: float
-    reason: str
-
-
-TOLERANCES: dict[str, Tolerance] = {
-    "float64": Tolerance(1e-4, 1e-6, "the reference itself runs in float32, whose own noise is the bound"),
-    "float32": Tolerance(
-        1e-3,
-        1e-6,
-        "one rounding of 2⁻²⁴ for each weight and about 10 layers of float32 sums give 1e-6 of the logits; an adapter "
-        "that moves them by a thousandth still shows to 1e-3",
-    ),
-    "float16": Tolerance(
-        0.05,
-        1e-4,
-        "one rounding of 2⁻¹² for each folded weight: an adapter whose effect is off by more than this is better kept "
-        "in float32; where the merge measured what rounding cost, four times that",
-    ),
-    "bfloat16": Tolerance(
-        0.25,
-        1e-3,
-        "one rounding of 2⁻⁹ for each folded weight: an adapter whose effect is off by more than this is better kept "
-        "in float32; where the merge measured what rounding cost, four times that",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -67,10 +32,14 @@ class OutputParity:
         max_abs: largest absolute difference.
         relative: ‖cand − ref‖ / ‖ref‖.
         cosine: of the two outputs.
-        effect_error: ‖cand − ref‖ / ‖ref − base‖, which is the error of the adapter's effect.
+        effect_error: ‖(cand − start) − (ref − base)‖ / ‖ref − base‖, where start is the candidate without the adapter
+            if it runs so, and the base otherwise.
         effect_size: ‖ref − base‖ / ‖base‖: how much the adapter does here.
+        effect_share: ⟨cand − start, ref − base⟩ / ‖ref − base‖²: how much of the adapter's effect arrived.
         kl: mean KL(ref ‖ cand) over positions, in nats; None for outputs that are not logits.
         top1: share of positions with the same most likely entry; None likewise.
+        base_error: ‖start − base‖ / ‖base‖, the error of the candidate's own base; None where it does not run.
+        base_kl: mean KL(base ‖ start), of logits.
     """
 
     name: str
@@ -79,19 +48,65 @@ class OutputParity:
     cosine: float
     effect_error: float
     effect_size: float
+    effect_share: float
     kl: float | None
     top1: float | None
+    base_error: float | None = None
+    base_kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Greedy decoding of one prompt on both sides.
+
+    Attributes:
+        prompt: as text, or what it is made of.
+        count: tokens that were decoded.
+        agreed: of them, how many are the same before the first that differs.
+        gap: at the first that differs, by how much the reference prefers its own token, in logits; 0 without one.
+        reference: the reference's tokens as text; empty without a tokenizer.
+        candidate: the candidate's.
+        runtime: that decoded.
+    """
+
+    prompt: str
+    count: int
+    agreed: int
+    gap: float = 0.0
+    reference: str = ""
+    candidate: str = ""
+    runtime: str = "ONNX Runtime"
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of a text's tokens."""
+
+    tokens: int
+    base: float
+    reference: float
+    candidate: float
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The verdict: `ok` only when something was compared and every finding list is empty."""
+    """The verdict: `ok` only when something was compared and there are no findings.
+
+    Attributes:
+        dtype: what was promised: a storage dtype, or a graph's precision.
+        layers: outputs of single layers, in the order they run, when asked for.
+        provider: the execution provider that ran every node of a graph; None for weights.
+    """
 
     dtype: str
     tolerance: Tolerance
     outputs: tuple[OutputParity, ...]
     findings: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    layers: tuple[OutputParity, ...] = ()
+    decodings: tuple[Decoding, ...] = ()
+    perplexity: Perplexity | None = None
+    provider: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -103,20 +118,34 @@ class ParityReport:
         """The largest effect error of all outputs; NaN when nothing was compared."""
         return max((output.effect_error for output in self.outputs), default=math.nan)
 
+    @property
+    def first_departure(self) -> OutputParity | None:
+        """The first layer that is further off than the tolerance allows."""
+        return next((layer for layer in self.layers if is_departure(layer, self.tolerance)), None)
+
     def to_json(self) -> dict[str, object]:
-        """The report as plain values."""
-        return {
+        """The report as plain values; null for what is not finite, which JSON has no word for."""
+        first = self.first_departure
+        plain: dict[str, object] = {
             "ok": self.ok,
             "dtype": self.dtype,
+            "provider": self.provider,
             "tolerance": asdict(self.tolerance),
             "effect_error": self.effect_error,
             "findings": list(self.findings),
             "notes": list(self.notes),
             "outputs": [asdict(output) for output in self.outputs],
+            "layers": [asdict(layer) for layer in self.layers],
+            "first_departure": None if first is None else first.name,
+            "decodings": [asdict(decoding) for decoding in self.decodings],
+            "perplexity": None if self.perplexity is None else asdict(self.perplexity),
         }
+        return {key: _finite(value) for key, value in plain.items()}
 
 
-def compare(name: str, reference: Array, candidate: Array, base: Array, *, logits: bool) -> OutputParity:
+def compare(
+    name: str, reference: Array, candidate: Array, base: Array, *, logits: bool, start: Array | None = None
+) -> OutputParity:
     """Measure one output; NaN and Inf stay in the figures and fail the verdict.
 
     Args:
@@ -125,40 +154,32 @@ def compare(name: str, reference: Array, candidate: Array, base: Array, *, logit
         candidate: (…, n), what is judged.
         base: (…, n), without the adapter.
         logits: the last axis holds scores over classes or a vocabulary.
+        start: (…, n), the candidate without the adapter; None where it does not run so.
 
     Raises:
         ValueError: shapes differ, or there is nothing to compare.
     """
-    if not reference.shape == candidate.shape == base.shape or not reference.size:
+    shapes = {array.shape for array in (reference, candidate, base, *([] if start is None else [start]))}
+    if len(shapes) != 1 or not reference.size:
         raise ValueError(f"{name}: expected equal, non-empty shapes, got {reference.shape} and {candidate.shape}")
-    ref, cand, start = (array.astype(np.float64) for array in (reference, candidate, base))
+    ref, cand, origin = (array.astype(np.float64) for array in (reference, candidate, base))
+    own = origin if start is None else start.astype(np.float64)
     with np.errstate(all="ignore"):  # the verdict looks for NaN itself
-        difference = cand - ref
-        error, effect = _norm(difference), _norm(ref - start)
+        moved, arrived = ref - origin, cand - own
+        error, effect = _norm(arrived - moved), _norm(moved)
         return OutputParity(
             name=name,
-            max_abs=float(np.abs(difference).max()),
-            relative=error / _norm(ref),
+            max_abs=float(np.abs(cand - ref).max()),
+            relative=_norm(cand - ref) / _norm(ref),
             cosine=float(np.vdot(ref, cand) / (_norm(ref) * _norm(cand))),
             effect_error=error / effect if effect else (math.inf if error else 0.0),
-            effect_size=effect / _norm(start),
-            kl=_mean_kl(ref, cand) if logits else None,
+            effect_size=effect / _norm(origin),
+            effect_share=float(np.vdot(arrived, moved)) / effect**2 if effect else 1.0,
+            kl=mean_kl(ref, cand) if logits else None,
             top1=float((ref.argmax(-1) == cand.argmax(-1)).mean()) if logits else None,
+            base_error=None if start is None else _norm(own - origin) / _norm(origin),
+            base_kl=mean_kl(origin, own) if logits and start is not None else None,
         )
-
-
-def tolerance_for(dtype: str, rounding_loss: float | None = None) -> Tolerance:
-    """The row of `TOLERANCES` for a dtype, tightened to what rounding is known to have cost.
-
-    Args:
-        dtype: that was promised.
-        rounding_loss: relative error of ΔW through rounding, as the merge measured it; None when nobody did.
-    """
-    row = TOLERANCES[dtype]
-    if rounding_loss is None or dtype in ("float32", "float64"):
-        return row
-    measured = max(EFFECT_PER_ROUNDING * rounding_loss, TOLERANCES["float32"].effect)
-    return replace(row, effect=min(row.effect, measured))
 
 
 def judge(
@@ -179,41 +200,72 @@ def judge(
         notes: remarks that fail nothing.
     """
     tolerance = tolerance_for(dtype, rounding_loss)
-    found = list(findings)
-    if not outputs:
-        found.append("nothing was compared")
-    for output in outputs:
-        figures = {key: value for key, value in asdict(output).items() if isinstance(value, float)}
-        if not all(math.isfinite(value) for value in figures.values()):
-            found.append(f"{output.name}: not finite ({_list_of(figures)})")
-            continue
-        if output.effect_size < NOISE:
-            found.append(
-                f"{output.name}: the adapter moves the reference by {output.effect_size:.0e} of its size, which is "
-                "rounding noise: there is no effect to judge"
-            )
-        elif output.effect_error > tolerance.effect:
-            off = f"{output.effect_error:.2%}, allowed {tolerance.effect:.2%}"
-            found.append(f"{output.name}: the adapter's effect is off by {off}")
-        if output.kl is not None and output.kl > tolerance.kl:
-            found.append(f"{output.name}: KL divergence {output.kl:.1e} nats, allowed {tolerance.kl:.0e}")
-    return ParityReport(dtype, tolerance, tuple(outputs), tuple(found), tuple(notes))
+    return ParityReport(dtype, tolerance, tuple(outputs), (*findings, *departed(outputs, tolerance)), tuple(notes))
+
+
+def departed(outputs: Sequence[OutputParity], tolerance: Tolerance) -> list[str]:
+    """What is wrong with measured outputs, all of it; nothing measured is wrong too."""
+    found = [] if outputs else ["nothing was compared"]
+    return found + [f"{output.name}: {text}" for output in outputs for text in departures(output, tolerance)]
+
+
+def departures(output: OutputParity, tolerance: Tolerance) -> Iterator[str]:
+    """In what an output is further off than a tolerance allows."""
+    figures = {key: value for key, value in asdict(output).items() if isinstance(value, float)}
+    if not all(math.isfinite(value) for value in figures.values()):
+        yield f"not finite ({_list_of(figures)})"
+        return
+    allowed = tolerance.allowed_effect(output.effect_size)
+    if output.effect_size < NOISE:
+        yield (
+            f"the adapter moves the reference by {output.effect_size:.0e} of its size, which is "
+            "rounding noise: there is no effect to judge"
+        )
+    elif allowed is not None and output.effect_error > allowed:
+        yield f"the adapter's effect is off by {output.effect_error:.2%}, allowed {allowed:.2%}"
+    elif tolerance.share is not None and abs(output.effect_share - 1) > tolerance.share:
+        low, high = 1 - tolerance.share, 1 + tolerance.share
+        yield f"{output.effect_share:.0%} of the adapter's effect arrived, allowed {low:.0%} to {high:.0%}"
+    if output.base_error is not None and tolerance.effect is not None and output.base_error > tolerance.noise:
+        yield f"without the adapter it is off from the base by {output.base_error:.1e}, allowed {tolerance.noise:.0e}"
+    allowed_kl = tolerance.allowed_kl(output.base_kl)
+    if output.kl is not None and output.kl > allowed_kl:
+        yield f"KL divergence {output.kl:.1e} nats, allowed {allowed_kl:.0e}"
+    if output.base_kl is not None and output.base_kl > tolerance.kl:
+        yield f"without the adapter, KL divergence {output.base_kl:.1e} nats, allowed {tolerance.kl:.0e}"
+
+
+def is_departure(layer: OutputParity, tolerance: Tolerance) -> bool:
+    """Whether a layer is further off than its tolerance, relative to what the adapter does to it, or to its size."""
+    allowed = tolerance.allowed_effect(layer.effect_size)
+    if allowed is None:  # a quantized layer errs by itself; only its share can say that the adapter is not there
+        return layer.effect_size > NOISE and abs(layer.effect_share - 1) > (tolerance.share or math.inf)
+    return not layer.relative <= max(tolerance.noise, allowed * layer.effect_size)
+
+
+def mean_kl(reference: Array, candidate: Array) -> float:
+    """KL(ref ‖ cand) of the softmax over the last axis, averaged over positions."""
+    log_p, log_q = log_softmax(reference), log_softmax(candidate)
+    return float(np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0).mean())
+
+
+def log_softmax(scores: Array) -> Array:
+    """Logarithms of the softmax over the last axis."""
+    shifted = scores - scores.max(-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list) else value
 
 
 def _norm(array: Array) -> float:
     return float(np.linalg.norm(array.ravel()))
-
-
-def _mean_kl(reference: Array, candidate: Array) -> float:
-    """KL(ref ‖ cand) of the softmax over the last axis, averaged over positions."""
-    log_p, log_q = _log_softmax(reference), _log_softmax(candidate)
-    return float(np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0).mean())
-
-
-def _log_softmax(scores: Array) -> Array:
-    shifted = scores - scores.max(-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
 
 
 def _list_of(figures: Mapping[str, float]) -> str:

@@ -28,11 +28,13 @@ FLOORS: list[list[tuple[str, ...]]] = [
     # finds a converter by its name
     [("registry",)],
     # one job of a verb each
-    [("validate",), ("inspection", "effect"), ("environment",), ("training",), ("converters",)],
-    # carries a plan out: as weights, as a graph
-    [("merge",), ("graph",)],
-    # makes a plan, streams planned tensors, describes them
-    [("planning", "placement"), ("stream",), ("modelcard",)],
+    [("validation",), ("inspection", "effect"), ("environment",), ("training",), ("converters",), ("export",), ("bench", "contenders", "workload")],
+    # carries a plan out as a graph, of merged weights for one
+    [("graph",)],
+    # carries a plan out as weights
+    [("merge",)],
+    # makes a plan, streams planned tensors, describes them; makes a model of a checkpoint
+    [("planning", "placement"), ("stream",), ("modelcard",), ("companions",), ("loading",)],
     # what becomes of every tensor: in files, in a live model
     [("plan",), ("attachment", "layer")],
     # knows one kind of thing each: adapters, bases, output directories, models' names and shapes, the torch operator
@@ -41,10 +43,11 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [
         ("householder",),
         ("names",),
-        ("parity",),
+        ("parity", "tolerance"),
         ("tensorfile",),
         ("journal", "filesystem"),
         ("pieces",),
+        ("ggml", "codebook", "quantization"),
         ("architecture",),
         ("kernels",),
     ],
@@ -58,10 +61,10 @@ DOORS: dict[str, tuple[str, ...]] = {
     "click": ("cli",),
     "datasets": ("training",),
     "gguf": ("converters.from_gguf",),
-    "matplotlib": ("training",),
+    "matplotlib": ("training", "bench"),
     "onnx": ("graph",),
     "onnx_ir": ("graph",),
-    "onnxruntime": ("graph.session", "graph.quantize"),
+    "onnxruntime": ("graph.runtime", "graph.quantize"),
     "onnxruntime_genai": ("graph.genai",),
     "onnxscript": ("graph",),
     "peft": ("training",),
@@ -303,7 +306,7 @@ FINE = {
     "down a seat": (misplaced, "hra_export.publish", "from hra_export.places import Places"),
     "same folder": (misplaced, "hra_export.cli.merge", "from hra_export.cli import options"),
     "version": (misplaced, "hra_export.cli", "from hra_export import __version__"),
-    "door": (through_walls, "hra_export.graph.session", "import onnxruntime"),
+    "door": (through_walls, "hra_export.graph.runtime", "import onnxruntime"),
     "folder's door": (through_walls, "hra_export.cli", "import click"),
     "transformers in a function": (heavy_at_start, "hra_export.layer", "def f():\n    import transformers"),
     "transformers for types": (heavy_at_start, "hra_export.layer", "if TYPE_CHECKING:\n    import transformers"),

@@ -15,6 +15,7 @@ from hra_export.householder import (
     GRAM_SCHMIDT_MIN_PIVOT,
     BlockReflector,
     apply,
+    balanced,
     compact_wy,
     compose,
     dense,
@@ -307,6 +308,32 @@ def test_low_rank_factors_are_the_delta_weight(kind: str, r: int) -> None:
     b, a = low_rank_factors(weight, compact_wy(vectors))
     assert (b.shape, a.shape) == ((5, r), (r, 20))
     close(b @ a, weight @ explicit(vectors) - weight)
+
+
+@pytest.mark.parametrize("angle", [0.5, 0.05, 0.005])
+def test_balanced_factors_are_the_same_product_and_as_large_as_it(angle: float) -> None:
+    reflector = compact_wy(pairs(FEATURES, 8, angle))
+    left, right = reflector.u, -reflector.t.T @ reflector.u.T
+    u, v = balanced(left, right)
+    torch.testing.assert_close(u @ v, left @ right, rtol=0, atol=ATOL64)
+    # ‖√Σ‖² is the largest singular value of the product: 2 sin(θ/2) <= 2 for a rotation by θ.
+    largest = torch.linalg.matrix_norm(left @ right, ord=2)
+    for factor in (u, v):
+        torch.testing.assert_close(torch.linalg.matrix_norm(factor, ord=2) ** 2, largest, rtol=ATOL64, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_balanced_factors_of_near_parallel_pairs_survive_rounding(dtype: torch.dtype) -> None:
+    reflector = compact_wy(pairs(FEATURES, 8, 0.005))
+    left, right = reflector.u, -reflector.t.T @ reflector.u.T
+
+    def lost(u: Tensor, v: Tensor) -> float:
+        rounded = u.to(dtype).double() @ v.to(dtype).double()
+        return float((rounded - left @ right).norm() / (left @ right).norm())
+
+    # One rounding of each factor, half a unit in the last place: their errors add.
+    assert lost(*balanced(left, right)) <= torch.finfo(dtype).eps
+    assert lost(left, right) > 50 * torch.finfo(dtype).eps  # as they stand, the pairs' products cancel
 
 
 @pytest.mark.parametrize("r", [1, 2, 7, 8])

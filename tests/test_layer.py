@@ -365,6 +365,48 @@ def test_detach_leaves_no_trace(name: str) -> None:
     assert {key: value.requires_grad for key, value in model.named_parameters()} == grads
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_folding_in_memory_leaves_a_plain_model_that_computes_the_same(name: str) -> None:
+    model = model_of(name)
+    kinds = [type(module) for module in model.modules()]
+    attachment = attach(model, adapter(targets(name, model)))
+    with torch.no_grad():
+        live = scores(model(**batch(name)))
+        attachment.fold_()
+        close(scores(model(**batch(name))), live, 1e3 * ATOL64)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_folding_experts_in_memory_folds_their_regions() -> None:
+    model = build("qwen3-moe")
+    inputs = MODELS["qwen3-moe"].inputs()
+    expert = "model.layers.0.mlp.experts.1.gate_proj"
+    attachment = attach(model, adapter({expert: vectors(32, dtype=torch.float32)}))
+    with torch.no_grad():
+        live = scores(model(**inputs))
+        attachment.fold_()
+        assert scores(model(**inputs)).equal(live)  # the region was computed once for each access, and is now kept
+    assert not any(hasattr(module, "parametrizations") for module in model.modules())
+
+
+def test_folding_a_tied_head_in_memory_leaves_the_embedding_as_it_is() -> None:
+    model = build("llama-tied")
+    before = model.model.embed_tokens.weight.clone()
+    attach(model, adapter({"lm_head": vectors(32, dtype=torch.float32)})).fold_()
+    assert model.model.embed_tokens.weight.equal(before)
+    assert not model.lm_head.weight.equal(before)
+
+
+def test_folding_into_a_dtype_that_cannot_hold_it_is_refused() -> None:
+    net = Net(layer=nn.Linear(4, 4, dtype=torch.float16))
+    with torch.no_grad():
+        net.layer.weight.fill_(60000.0)
+    # Equal entries of 6e4 become one of 1.2e5 along an axis.
+    onto_axis = torch.tensor([[-1.0], [1.0], [1.0], [1.0]])
+    with pytest.raises(NumericalError, match="layer"):
+        attach(net, adapter({"layer": onto_axis})).fold_()
+
+
 def test_stacked_experts_act_as_the_layers_they_were_and_detach_leaves_no_trace() -> None:
     """transformers stacks the experts of a file in one parameter; a chain then turns one slice of it."""
     model, folded = build("mixtral"), build("mixtral")  # float32: the grouped product of experts knows no float64

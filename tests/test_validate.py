@@ -17,7 +17,7 @@ from hra_export.cli import cli
 from hra_export.merge import merge_checkpoint
 from hra_export.parity import ParityReport
 from hra_export.planning import plan_merge
-from hra_export.validate import validate_merged
+from hra_export.validation.merged import validate_merged
 from tests.tiny_models import build
 
 RANK = 4

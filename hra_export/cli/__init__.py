@@ -22,7 +22,9 @@ from hra_export.errors import HraExportError
 VERBS = {
     "train": ("hra_export.cli.train", "Train an HRA adapter on a frozen base."),
     "merge": ("hra_export.cli.merge", "Fold adapters into the base weights and write safetensors."),
-    "validate": ("hra_export.cli.validate", "Prove that a merged model computes what PyTorch computes."),
+    "onnx": ("hra_export.cli.onnx", "Write ONNX graphs, folded or with the reflection as an operator."),
+    "validate": ("hra_export.cli.validate", "Prove that an output computes what PyTorch computes."),
+    "bench": ("hra_export.cli.bench", "Measure how fast graphs run, beside PyTorch."),
     "inspect": ("hra_export.cli.inspect", "Show what an adapter does: targets, ranks, angles."),
     "doctor": ("hra_export.cli.doctor", "Show versions and devices, and what is missing."),
 }

@@ -107,6 +107,14 @@ def _print_json(data: dict[str, object]) -> None:
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **data}))
 
 
+def hide_loading_bars() -> None:
+    """transformers draws a bar for each model it loads, terminal or not."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 def make_streams_safe() -> None:
     """Escape what a stream cannot encode, a Greek letter in Latin-1: a merge on disk must not end as a crash."""
     for stream in (sys.stdout, sys.stderr):

@@ -40,6 +40,13 @@ dry_run = click.option("--dry-run", is_flag=True, help="Print the plan, from hea
 device = click.option(
     "--device", type=DeviceWord(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
+provider = click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    default="cpu",
+    show_default=True,
+    help="Where the graph runs.",
+)
 
 
 def talk(command: Callable[P, R]) -> Callable[..., R]:

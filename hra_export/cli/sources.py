@@ -50,6 +50,13 @@ def resolve_base(name: str | None, adapters: list[HraAdapter], console: Console)
     return _download(chosen, BASE_PATTERNS, what="base")
 
 
+def quantized_base(name: str | None, adapters: list[HraAdapter]) -> Path | None:
+    """The file of a base that is quantized, `.gguf` or a graph, and whose bits can be kept; None for any other."""
+    chosen = name or next((adapter.base for adapter in adapters if adapter.base), None)
+    path = None if chosen is None else _existing(chosen)
+    return path if path is not None and path.is_file() and path.suffix in (".gguf", ".onnx") else None
+
+
 def _existing(name: str) -> Path | None:
     """What a name leads to on this machine, if anything: `~nobody/x` and names too long for any file system do not."""
     try:

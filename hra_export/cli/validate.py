@@ -1,77 +1,107 @@
 """`hra-export validate`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hra_export.cli import options
-from hra_export.cli.console import Console, table
+from hra_export.cli.console import Console, hide_loading_bars
+from hra_export.cli.parity_text import report_text
 
 if TYPE_CHECKING:
+    from hra_export.adapter import HraAdapter
     from hra_export.parity import ParityReport
 
 PARITY_FAILED = 3
+# Options that only one kind of candidate has.
+OF_WEIGHTS = ("dtype", "strength")
+OF_GRAPHS = ("per_layer", "text", "prompts")
 
 
 @click.command("validate")
 @options.adapters
 @options.base
-@click.option("--candidate", type=click.Path(path_type=Path), required=True, help="Merged directory to judge.")
+@click.option(
+    "--candidate",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="What to judge: a merged directory, a directory of ONNX graphs, or an .onnx file.",
+)
+@options.provider
+@click.option("--per-layer", is_flag=True, help="Graphs: also compare each layer, and name the first that departs.")
+@click.option("--text", type=click.Path(path_type=Path), help="Graphs: also score this text file (perplexity).")
+@click.option(
+    "--prompt", "prompts", multiple=True, help="Graphs: decode this; may be given again.  [default: three neutral ones]"
+)
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Graphs: seconds for the runtime.  [default: 1800]"
+)
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a page with plots.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Storage dtype that was promised.  [default: the manifest's, else the base's]",
+    help="Weights: storage dtype that was promised.  [default: the manifest's, else the base's]",
 )
-@click.option("--strength", type=float, help="At which it was merged.  [default: the manifest's, else 1]")
+@click.option("--strength", type=float, help="Weights: at which they were merged.  [default: the manifest's, else 1]")
 @options.talk
 def command(
     adapters: tuple[str, ...],
     base: str | None,
     candidate: Path,
-    dtype: str | None,
-    strength: float | None,
+    provider: str,
+    html: Path | None,
     console: Console,
+    **asked: Any,
 ) -> int:
     """Prove that CANDIDATE computes what PyTorch computes with live HRA layers.
 
     The adapter's effect comes first: 0 % off is perfect, 100 % off is the base. Ends with exit code 3 when the numbers
-    differ by more than the storage dtype explains.
+    differ by more than the precision explains, and with 7 when the provider did not run all of a graph.
 
     Example: hra-export validate runs/adapter --base models/base --candidate merged
     """
     from hra_export.cli.sources import resolve_adapter, resolve_base
-    from hra_export.validate import validate_merged
 
-    _hide_loading_bars()
+    hide_loading_bars()
     read = [resolve_adapter(name) for name in adapters]
     directory = resolve_base(base, read, console)
-    report = validate_merged(read, directory, candidate, dtype=dtype, strength=strength, say=console.say)
-    console.result(_text(report), {"verb": "validate", **report.to_json()})
+    report = _validate(read, directory, candidate, provider, asked, console)
+    if html is not None:
+        from hra_export.validation.page import write_page
+
+        write_page(report, html, title=f"{candidate.name} against PyTorch")
+        console.say(f"wrote `{html}`")
+    console.result(report_text(report), {"verb": "validate", **report.to_json()})
     return 0 if report.ok else PARITY_FAILED
 
 
-def _hide_loading_bars() -> None:
-    """transformers draws a bar for each model it loads, terminal or not."""
-    from transformers.utils import logging
+def _validate(
+    adapters: "Sequence[HraAdapter]",
+    base: Path,
+    candidate: Path,
+    provider: str,
+    asked: dict[str, Any],
+    console: Console,
+) -> "ParityReport":
+    from hra_export.validation.candidates import is_graph_candidate
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    if is_graph_candidate(candidate):
+        _refuse(asked, OF_WEIGHTS, "a graph holds its own precision and strength")
+        from hra_export.validation.graphs import TIMEOUT, validate_graph
+
+        chosen = {"per_layer": asked["per_layer"], "text": asked["text"], "prompts": list(asked["prompts"]) or None}
+        timeout = asked["timeout"] or TIMEOUT
+        return validate_graph(adapters, base, candidate, provider=provider, timeout=timeout, say=console.say, **chosen)
+    _refuse(asked | ({"provider": provider} if provider != "cpu" else {}), (*OF_GRAPHS, "provider"), "for graphs")
+    from hra_export.validation.merged import validate_merged
+
+    return validate_merged(adapters, base, candidate, dtype=asked["dtype"], strength=asked["strength"], say=console.say)
 
 
-def _text(report: "ParityReport") -> str:
-    rows = [["output", "effect off by", "effect", "max abs", "relative", "KL", "top-1"]]
-    for output in report.outputs:
-        kl = "" if output.kl is None else f"{output.kl:.1e}"
-        top1 = "" if output.top1 is None else f"{output.top1:.1%}"
-        figures = [f"{output.effect_error:.2e}", f"{output.effect_size:.2g}", f"{output.max_abs:.1e}"]
-        rows.append([output.name, *figures, f"{output.relative:.1e}", kl, top1])
-    verdict = "parity holds" if report.ok else f"parity FAILS ({len(report.findings)} findings)"
-    worst = f"off by at most {report.effect_error:.2e} (allowed {report.tolerance.effect:.2g})"
-    lines = [
-        table(rows, right=range(1, 7)),
-        *report.notes,
-        *(f"finding: {finding}" for finding in report.findings),
-        f"{verdict}: {report.dtype} weights, the adapter's effect is {worst}",
-    ]
-    return "\n".join(lines)
+def _refuse(asked: dict[str, Any], names: Sequence[str], reason: str) -> None:
+    given = [name for name in names if asked.get(name)]
+    if given:
+        words = ", ".join(f"--{name.rstrip('s').replace('_', '-')}" for name in given)
+        raise click.UsageError(f"{words}: not for this candidate ({reason})")

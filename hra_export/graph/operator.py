@@ -54,9 +54,7 @@ def trace(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         v: (r, d), a buffer.
     """
     name = f"{DOMAIN}::{OPERATOR}"
-    result: Tensor = torch.onnx.ops.symbolic(
-        name, (x, u, v), attrs={}, dtype=x.dtype, shape=x.shape, version=VERSION
-    )
+    result: Tensor = torch.onnx.ops.symbolic(name, (x, u, v), attrs={}, dtype=x.dtype, shape=x.shape, version=VERSION)
     return result
 
 

@@ -18,7 +18,20 @@ from hra_export.householder import BlockReflector
 from hra_export.layer import ReflectedConv2d, ReflectedEmbedding, ReflectedLayer, RotatedRegion, chains_of
 
 
-class TracedLayer(nn.Module):
+class TracedModule(nn.Module):
+    """In the place of a base layer, whose attributes (`weight`, `in_features`) show through: model code reads them."""
+
+    base_layer: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        """What neither this module nor its buffers have is the base layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+class TracedLayer(TracedModule):
     """base(x Rᵀ) as the operator and the base layer; `hra_U` and `hra_V` become initializers `<path>.hra_U`, `.hra_V`.
 
     Args:
@@ -36,13 +49,6 @@ class TracedLayer(nn.Module):
         self.register_buffer("hra_U", u)
         self.register_buffer("hra_V", v)
 
-    def __getattr__(self, name: str) -> Any:
-        """Attributes of the base layer (`weight`, `in_features`) show through: model code reads them."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
-
     def forward(self, x: Tensor) -> Tensor:
         """The base layer of the reflected rows."""
         return self.base_layer(trace(x, self.hra_U, self.hra_V))
@@ -56,9 +62,10 @@ class TracedEmbedding(TracedLayer):
         return trace(self.base_layer(x), self.hra_U, self.hra_V)
 
 
-class TracedConv2d(nn.Module):
+class TracedConv2d(TracedModule):
     """conv(x, W) + conv1×1(conv(x, A), B) with ΔW = B A, all constants."""
 
+    base_layer: nn.Conv2d
     hra_A: Tensor  # noqa: N815
     hra_B: Tensor  # noqa: N815
 
@@ -78,7 +85,7 @@ class TracedConv2d(nn.Module):
 
 
 def make_traceable_(attachment: Attachment) -> tuple[str, ...]:
-    """Replace the live layers of a model by traceable ones, in place and for good.
+    """Replace the live layers of a float32 model by traceable ones, in place and for good.
 
     Args:
         attachment: adapters at work, at strength 1.
@@ -106,8 +113,6 @@ def _traced(layer: ReflectedLayer) -> nn.Module:
     if isinstance(layer, ReflectedConv2d):
         return TracedConv2d(layer.base_layer, blocks).eval()
     is_embedding = isinstance(layer, ReflectedEmbedding)
-    weight = layer.base_layer.weight
-    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
-    u, v = operands(blocks, dtype, rows=is_embedding)
+    u, v = operands(blocks, torch.float32, rows=is_embedding)
     kind = TracedEmbedding if is_embedding else TracedLayer
     return kind(layer.base_layer, u, v).eval()

@@ -1,4 +1,4 @@
-"""Validate: PyTorch with live HRA layers as reference, a merged directory as candidate, the same inputs through both.
+"""Validate merged weights: PyTorch with live HRA layers as reference, a merged directory as candidate.
 
 Both run in float32 on the CPU with the weights as stored, so that what differs is what was written. Each input is run
 three times: base, reference (base with live layers), candidate.
@@ -21,9 +21,10 @@ from hra_export.adapter import HraAdapter
 from hra_export.attachment import attach
 from hra_export.checkpoint import MANIFEST_NAME, Checkpoint, open_checkpoint
 from hra_export.errors import CheckpointError, UnsupportedModelError
-from hra_export.layout import load_class
+from hra_export.loading import load_model
 from hra_export.parity import OutputParity, ParityReport
 from hra_export.tensorfile import DTYPES, FLOAT_DTYPES, strict_json
+from hra_export.tolerance import TOLERANCES
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def validate_merged(
     findings = _dtype_findings(written, promised)
     folded_at = float(manifest.get("strength", 1.0)) if strength is None else strength
     tell("reference: base with live HRA layers")
-    model, missing = _load(original, written.config)
+    model, missing = load_model(original, written.config)
     probes = list(_probes(model, written))
     attachment = attach(model, *adapters, strength=folded_at)
     reference = {probe.name: probe.run(model) for probe in probes}
@@ -101,7 +102,7 @@ def validate_merged(
         start = {probe.name: probe.run(model) for probe in probes}
     del model, attachment
     tell("candidate: merged weights")
-    model, missing = _load(written, written.config)
+    model, missing = load_model(written, written.config)
     findings += [f"{name}: the candidate lacks it, and its library would make it up" for name in sorted(missing)]
     outputs = [
         output
@@ -126,7 +127,7 @@ def _manifest(candidate: Checkpoint) -> dict[str, Any]:
 
 def _promised_dtype(base: Checkpoint, manifest: Mapping[str, Any]) -> str:
     """What the manifest promises, else the base's own dtype: that of most of its bytes."""
-    if manifest.get("dtype") in parity.TOLERANCES:
+    if manifest.get("dtype") in TOLERANCES:
         return str(manifest["dtype"])
     sizes: dict[str, int] = {}
     for info in base.tensors.values():
@@ -144,26 +145,6 @@ def _dtype_findings(candidate: Checkpoint, promised: str) -> list[str]:
         for name, info in candidate.tensors.items()
         if info.dtype in FLOAT_DTYPES and len(info.shape) > 1 and DTYPES[info.dtype][0] < bits[promised]
     ]
-
-
-def _load(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[nn.Module, set[str]]:
-    """The model in float32, in evaluation mode, loaded by its own library from local files only.
-
-    Args:
-        checkpoint: the weights.
-        config: the candidate's configuration: its class and its labels, which a base without a head does not have.
-
-    Returns:
-        The model, and the parameters that the checkpoint lacks.
-    """
-    model_class = load_class(config)
-    labels = {key: config[key] for key in ("id2label", "label2id") if key in config}
-    options = {"torch_dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
-    try:
-        model, info = model_class.from_pretrained(checkpoint.directory, **options, **labels)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{model_class.__name__} cannot load `{checkpoint.directory}`: {error}") from error
-    return model.eval(), set(info["missing_keys"])
 
 
 def _probes(model: nn.Module, checkpoint: Checkpoint) -> Iterator[Probe]:

@@ -1,0 +1,253 @@
+"""Reflections in ONNX graphs: what they cost in ONNX Runtime on the CPU, in every form, and what an export costs.
+
+    python -m benchmarks.onnx [--work DIR] [--ranks 8 32] [--rounds 8] [--passes 2] [--quick] [--skip-export]
+
+Every linear layer of the blocks of MiniLM (as `hra-export onnx` writes it) and of SmolLM2-135M (as ONNX Runtime GenAI's
+builder does, with grouped attention) is adapted. The variants of one graph:
+
+    merged         folded into the weights: what the others are held to
+    function       the operator `hra::HouseholderReflection`, which the runtime inlines
+    auto           what `--plain-ops` writes
+    add … augmented   each form of `hra_export/graph/forms.py` where it applies; `output` is what LoRA looks like
+    materialized   a dense (d, d) matrix a layer, as PEFT computes it
+
+They take turns in one process, with bound inputs and one pool of threads. A pass is a process of its own, in which
+they are loaded in another order: where weights come to lie in memory decides over some percent of a decoding step.
+"÷ merged" is the mean over passes of the ratio of medians, followed by the smallest and the largest.
+
+An export is a whole command, start of Python included: `hra-export onnx --mode reflect --no-validate` with an adapter
+against transformers' exporter on the base alone, which writes a graph of the same inputs.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.harness import Contender, as_data, interleave, median, report, say, work_folder
+
+T = TypeVar("T")
+BARS = {"prefill": 1.20, "length": 1.20, "decode": 1.10}
+BAR_RANK = 8
+EXPORT_BAR = 1.2
+EXPORTED = ("minilm", "llama-4")
+# The same inputs and free axes as in `hra_export.graph.families`.
+EXPORT_ALONE = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+base, output, is_decoder = sys.argv[1], sys.argv[2], sys.argv[3] == "llama-4"
+model = (AutoModelForCausalLM if is_decoder else AutoModel).from_pretrained(base, torch_dtype=torch.float32).eval()
+ids = torch.arange(14).reshape(2, 7)
+if is_decoder:
+    c, cache = model.config, DynamicCache()
+    head = c.hidden_size // c.num_attention_heads
+    for layer in range(c.num_hidden_layers):
+        cache.update(*(torch.zeros(2, c.num_key_value_heads, 5, head) for _ in range(2)), layer)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": ids % 7, "past_key_values": cache}
+else:
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids % 2}
+OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True, opset_version=20)).save_pretrained(output)
+"""
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="where graphs are made; deleted afterwards if not given")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each variant in a pass")
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0, help="of the shared pool; all cores by default")
+    parser.add_argument("--models", nargs="+", default=["minilm", "smollm2"], choices=["minilm", "smollm2"])
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="beside the merged graph; all by default")
+    parser.add_argument("--skip-export", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="MiniLM, r = 8 and three variants, to see that it runs")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.ranks, arguments.models, arguments.rounds, arguments.passes = [8], ["minilm"], 2, 1
+        arguments.variants = ["auto", "output"]
+    with work_folder(arguments.work) as work:
+        rows, timings = measure_forms(arguments, work)
+        exports = {} if arguments.skip_export else measure_exports(work, rounds=1 if arguments.quick else 2)
+    rows += [row for name, each in exports.items() for row in _export_rows(name, each)]
+    header = ["case", "r", "variant", "median", "÷ merged", "smallest", "largest", "bar"]
+    data = {"passes": timings, "exports": {name: as_data(each) for name, each in exports.items()}}
+    if arguments.quick:
+        say("\n".join("  ".join(row) for row in rows))
+    else:
+        report("onnx", header, rows, data)
+
+
+def measure_forms(arguments: argparse.Namespace, work: Path) -> tuple[list[list[str]], dict[str, Any]]:
+    """The rows of all cases, and the seconds behind them."""
+    rows: list[list[str]] = []
+    timings: dict[str, Any] = {}
+    for model in arguments.models:
+        say(f"{model}: making its graph")
+        widths = _apart(_make_base, model, work)
+        for rank in arguments.ranks:
+            folder = work / model / f"r{rank}"
+            names = ["merged", *(arguments.variants or _apart(_variant_names)[1:])]
+            say(f"{model}, r = {rank}: making {len(names)} variants")
+            shutil.rmtree(folder, ignore_errors=True)
+            _apart(_make_variants, model, work, widths, rank, names)
+            passes = []
+            for turn in range(arguments.passes):
+                say(f"{model}, r = {rank}: pass {turn + 1}")
+                order = names if turn % 2 == 0 else names[::-1]
+                passes.append(_apart(_time_variants, model, folder, order, arguments.rounds, arguments.threads))
+            shutil.rmtree(folder)
+            timings[f"{model}, r = {rank}"] = passes
+            rows += _rows(passes, rank, names)
+    return rows, timings
+
+
+def measure_exports(work: Path, *, rounds: int) -> dict[str, Any]:
+    """Name → runs of our exporter and of transformers'."""
+    found = {}
+    for name in EXPORTED:
+        say(f"export of {name}:")
+        base, adapter, output = (work / f"export-{name}" / part for part in ("base", "adapter", "output"))
+        _apart(_make_export_input, name, base, adapter)
+
+        def clear(output: Path = output) -> None:
+            shutil.rmtree(output, ignore_errors=True)
+
+        ours = [sys.executable, "-m", "hra_export", "onnx", str(adapter), "--base", str(base), "--output", str(output)]
+        alone = [sys.executable, "-c", EXPORT_ALONE, str(base), str(output), name]
+        contenders = [
+            Contender("hra-export onnx", [*ours, "--mode", "reflect", "--no-validate", "-q"], clear),
+            Contender("transformers' exporter", alone, clear),
+        ]
+        found[name] = interleave(contenders, rounds)
+        clear()
+    return found
+
+
+def _rows(
+    passes: Sequence[Mapping[str, Mapping[str, Sequence[float]]]], rank: int, names: Sequence[str]
+) -> list[list[str]]:
+    rows = []
+    for case in passes[0]:
+        bar = next(bar for word, bar in BARS.items() if word in case)
+        for name in names:
+            medians = [statistics.median(each[case][name]) for each in passes]
+            ratios = [each / statistics.median(one[case]["merged"]) for each, one in zip(medians, passes, strict=True)]
+            ratio = statistics.mean(ratios)
+            is_judged = name == "auto" and rank == BAR_RANK
+            verdict = f"≤ {bar:.2f}: {'holds' if ratio <= bar else 'FAILS'}" if is_judged else ""
+            figures = [f"{each:.3f}" for each in (ratio, min(ratios), max(ratios))]
+            rows.append([case, str(rank), name, f"{1000 * statistics.median(medians):.2f} ms", *figures, verdict])
+    return rows
+
+
+def _export_rows(name: str, runs: Mapping[str, Any]) -> list[list[str]]:
+    ours, alone = (runs[key] for key in ("hra-export onnx", "transformers' exporter"))
+    rows = []
+    for what, field in (("wall", "wall"), ("peak memory", "peak_bytes")):
+        figures = [median(each, field) for each in (ours, alone)]
+        ratio = figures[0] / figures[1]
+        shown = [f"{each:.1f} s" if field == "wall" else f"{each / 1e6:.0f} MB" for each in figures]
+        verdict = f"≤ {EXPORT_BAR:.2f}: {'holds' if ratio <= EXPORT_BAR else 'FAILS'}"
+        rows.append([f"export of {name}, {what}", "8", "hra-export onnx", shown[0], f"{ratio:.3f}", "", "", verdict])
+        rows.append([f"export of {name}, {what}", "", "transformers alone", shown[1], "", "", "", ""])
+    return rows
+
+
+def _apart(function: Any, *arguments: Any) -> Any:
+    """Call a function in a process of its own: the system counts what a parent held into the peak of its children."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+        return apart.submit(function, *arguments).result()
+
+
+def _variant_names() -> tuple[str, ...]:
+    from benchmarks.graph_variants import VARIANTS
+
+    return VARIANTS
+
+
+def _make_base(model: str, work: Path) -> dict[str, int]:
+    """The base and its graph, if they are not there; target → d."""
+    from benchmarks.graph_variants import make_base_graph
+    from hra_export.registry import load_converter
+    from tests.real_models import minilm_directory, smollm2_gguf
+
+    folder = work / model
+    base = minilm_directory() if model == "minilm" else folder / "base"
+    if not base.exists():
+        load_converter("from_gguf").convert(smollm2_gguf(), base)
+    if not (folder / "made").exists():
+        make_base_graph(model, base, folder / "made")
+    return _widths(model, base)
+
+
+def _widths(model: str, base: Path) -> dict[str, int]:
+    """Every linear layer of the blocks."""
+    from safetensors import safe_open
+
+    words = ("query", "key", "value", "dense") if model == "minilm" else ("_proj",)
+    with safe_open(base / "model.safetensors", "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  not a mapping
+    layers = {key: shape for key, shape in shapes.items() if "layer" in key and len(shape) == 2}
+    return {
+        key.removesuffix(".weight"): shape[1] for key, shape in layers.items() if any(word in key for word in words)
+    }
+
+
+def _make_variants(model: str, work: Path, widths: Mapping[str, int], rank: int, names: Sequence[str]) -> None:
+    from benchmarks.graph_variants import make_variants
+
+    graph = work / model / "made" / "graph" / "model.onnx"
+    make_variants(graph, widths, rank, work / model / f"r{rank}", names)
+
+
+def _time_variants(
+    model: str, folder: Path, names: Sequence[str], rounds: int, threads: int
+) -> dict[str, dict[str, list[float]]]:
+    from benchmarks.graph_variants import CASES, time_variants
+
+    cases = [case for case in CASES if case.model == model]
+    return time_variants(folder, names, cases, rounds=rounds, threads=threads)
+
+
+def _make_export_input(name: str, base: Path, adapter: Path) -> None:
+    from benchmarks.merge import _generate_adapter
+
+    if adapter.exists():
+        return
+    base.parent.mkdir(parents=True, exist_ok=True)
+    if name == "minilm":
+        from tests.real_models import minilm_directory
+
+        shutil.copytree(minilm_directory(), base)
+        widths = _widths("minilm", base)
+    else:
+        _make_llama(base)
+        widths = _widths("llama", base)
+    _generate_adapter({path: (d, d) for path, d in widths.items()}, base, adapter)
+    if name == "minilm":
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": "FEATURE_EXTRACTION"}))
+
+
+def _make_llama(base: Path) -> None:
+    """Four layers of SmolLM2's shape."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=49152, num_hidden_layers=4, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).save_pretrained(base)
+
+
+if __name__ == "__main__":
+    main()

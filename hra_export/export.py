@@ -1,0 +1,202 @@
+"""Export: base and adapters as ONNX graphs, in a directory that appears whole or not at all.
+
+    plan_export(…)     checks everything that headers tell
+    export_graphs(…)   makes the graphs, finishes them, stages and publishes
+
+A base is a checkpoint, which is traced for ONNX Runtime or built for ONNX Runtime GenAI, or a graph that exists, into
+which the reflections are inserted.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from hra_export import publish
+from hra_export.adapter import HraAdapter
+from hra_export.checkpoint import MANIFEST_NAME, open_checkpoint
+from hra_export.graph import document
+from hra_export.graph.built import BuiltSource
+from hra_export.graph.finishing import Finished, finish_, write_adapters
+from hra_export.graph.inserted import InsertedSource, graph_file
+from hra_export.graph.making import GraphSource, MadeGraphs, Say
+from hra_export.graph.options import GraphOptions
+from hra_export.graph.provenance import provenance
+from hra_export.graph.traced import TracedSource
+from hra_export.planning import plan_merge
+from hra_export.quantization import QuantizedMatrix
+
+# What decides the bytes of a graph, beside its inputs.
+TOOLS = ("hra-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything an export will do.
+
+    Attributes:
+        source: where the graphs come from.
+        adapters: composed in the order given; for a swappable graph each stands for itself.
+        options: how they are written.
+        notes: what a user should know about the plan, one sentence each.
+        blocks: what the weights of a quantized base are made of, by parameter name.
+    """
+
+    source: GraphSource
+    adapters: tuple[HraAdapter, ...]
+    options: GraphOptions
+    notes: tuple[str, ...] = ()
+    blocks: Mapping[str, QuantizedMatrix] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Every module path that a chain stands before, in order."""
+        return tuple(dict.fromkeys(path for adapter in self.adapters for path in adapter.chains))
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote."""
+
+    output: Path
+    graphs: Mapping[str, Finished]
+    family: str
+    task: str
+    size_bytes: int
+    notes: tuple[str, ...]
+
+
+def plan_export(
+    base: Path,
+    adapters: Sequence[HraAdapter],
+    options: GraphOptions,
+    *,
+    blocks: Mapping[str, QuantizedMatrix] | None = None,
+) -> ExportPlan:
+    """Check that adapters and base fit, from headers only.
+
+    Args:
+        base: directory of transformers or diffusers, or an ONNX file.
+        adapters: composed in the order given; for a swappable graph each stands for itself.
+        options: how to write it.
+        blocks: where `base` is a quantized one, dequantized: what its weights are made of, by parameter name.
+
+    Raises:
+        ValueError: precision `keep` for a checkpoint that is not quantized.
+        CheckpointError, MismatchError, NumericalError, UnsupportedModelError: as `plan_merge`.
+    """
+    file = graph_file(base)
+    if file is not None:
+        return ExportPlan(InsertedSource(file, tuple(adapters)), tuple(adapters), options)
+    if options.precision == "keep" and not blocks:
+        raise ValueError(f"`{base}` is not quantized, so there are no bits to keep: ask for fp32 or another precision")
+    merge = plan_merge(open_checkpoint(base), adapters)
+    kind = BuiltSource if options.runtime == "genai" else TracedSource
+    return ExportPlan(kind(merge), tuple(adapters), options, merge.notes, blocks or {})
+
+
+def export_graphs(plan: ExportPlan, output: Path, *, overwrite: bool = False, say: Say | None = None) -> ExportReport:
+    """Write the directory that `plan` describes.
+
+    Args:
+        plan: from `plan_export`.
+        output: directory to be made.
+        overwrite: replace an earlier output of ours.
+        say: told about each stage.
+
+    Raises:
+        OutputError: the output exists, the disk is full or cannot be written, another run holds the lock.
+        UnsupportedModelError: no graph is known for this architecture.
+        GraphError: the graph is not as it should be: a target that the trace lost, say.
+        NumericalError: weights that the precision cannot hold.
+    """
+    tell = say or (lambda text: None)
+    protected = [plan.source.root, *(adapter.path for adapter in plan.adapters if adapter.path is not None)]
+    publish.check_output(output, overwrite=overwrite, protected=protected, manifest_name=MANIFEST_NAME)
+    with tempfile.TemporaryDirectory(prefix="hra-export-") as folder:
+        scratch = Path(folder)
+        made = plan.source.make(plan.options, scratch, say=tell)
+        tell("finishing")
+        finished = _finish(plan, made)
+        companions = {**made.companions, **_adapter_files(plan, finished, scratch)}
+        size = sum(document.size_bytes(model) for model in made.graphs.values())
+        total = size + sum(map(len, made.files.values())) + sum(path.stat().st_size for path in companions.values())
+        key = _key(plan)
+        with publish.stage(output, key=key, size_bytes=total, overwrite=overwrite, protected=protected) as stage:
+            for name, model in made.graphs.items():
+                tell(f"writing {name}.onnx")
+                document.save_graph(model, stage, name)
+            for name, path in companions.items():
+                stage.copy(path, name)
+            for name, data in made.files.items():
+                stage.write_bytes(name, data)
+            notes = (*plan.notes, *made.notes, *(note for graph in finished.values() for note in graph.notes))
+            report = ExportReport(output, finished, made.family, made.task, size, notes)
+            stage.publish(MANIFEST_NAME, _manifest(plan, report))
+    return report
+
+
+def _finish(plan: ExportPlan, made: MadeGraphs) -> dict[str, Finished]:
+    properties = provenance(
+        mode=plan.options.mode,
+        base_fingerprint=plan.source.fingerprint,
+        adapters=plan.adapters,
+        precision=plan.options.precision,
+    )
+    return {
+        name: finish_(model, plan.adapters, plan.options, family=made.family, properties=properties, blocks=plan.blocks)
+        for name, model in made.graphs.items()
+    }
+
+
+def _adapter_files(plan: ExportPlan, finished: Mapping[str, Finished], scratch: Path) -> dict[str, Path]:
+    """The adapters of a swappable graph as files of their own, by their names in the output."""
+    files: dict[str, Path] = {}
+    for name, graph in finished.items():
+        if graph.contract is not None:
+            files.update(write_adapters(plan.adapters, graph.contract, scratch, graph=name))
+    return files
+
+
+def _key(plan: ExportPlan) -> str:
+    """What makes two exports the same work: inputs, options and tools."""
+    described = {
+        "versions": _versions(),
+        "base": plan.source.fingerprint,
+        "adapters": [adapter.digest for adapter in plan.adapters],
+        "options": asdict(plan.options),
+    }
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def _manifest(plan: ExportPlan, report: ExportReport) -> bytes:
+    """What was done, for people and for `hra-export validate`. No times and no machine: equal inputs, equal bytes."""
+    manifest = {
+        "schema_version": 1,
+        "kind": "onnx",
+        "tool": _versions(),
+        "base": {"name": plan.source.root.name, "fingerprint": plan.source.fingerprint},
+        "adapters": [
+            {
+                "name": adapter.path.name if adapter.path else None,
+                "digest": adapter.digest,
+                "rank": adapter.rank,
+                "apply_GS": adapter.orthogonalize,
+                "targets": len(adapter.chains),
+            }
+            for adapter in plan.adapters
+        ],
+        **asdict(plan.options),
+        "family": report.family,
+        "task": report.task,
+        "notes": list(report.notes),
+        "graphs": [{"file": f"{name}.onnx", **asdict(graph)} for name, graph in report.graphs.items()],
+    }
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in TOOLS}

@@ -1,0 +1,195 @@
+"""The last passes over a graph: precision, swapping, the form of the reflections, and what it says about itself.
+
+The order matters. Quantizers must meet the reflections as opaque nodes; what gives them a body, or takes them apart,
+comes after every pass that would inline them.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from hra_export.adapter import HraAdapter
+from hra_export.errors import GraphError
+from hra_export.graph.adapter_file import SUFFIX, write_adapter_file
+from hra_export.graph.forms import Form, lower_
+from hra_export.graph.half import DTYPES, Half, to_half_
+from hra_export.graph.kept_bits import keep_bits_
+from hra_export.graph.operator import declare_, is_reflection
+from hra_export.graph.options import GraphOptions
+from hra_export.graph.provenance import clean_, declare_versions_, describe_
+from hra_export.graph.quantize import quantize_
+from hra_export.graph.rows import lower_rows_
+from hra_export.graph.swap_sites import SwapContract
+from hra_export.graph.swapping import make_row_swappable_, make_swappable_
+from hra_export.quantization import QuantizedMatrix
+
+ADAPTER_FOLDER = "adapters"
+HALVES: Mapping[torch.dtype, Half] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output, as the manifest has it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a graph is in the end.
+
+    Attributes:
+        nodes: how many.
+        reflections: target → rank; empty for a merged graph.
+        forms: target → the form its reflection was lowered to; empty where it is the operator.
+        inputs: without those that have defaults.
+        outputs: in the order of the graph.
+        contract: what a swappable graph asks of its adapters; None for any other.
+        notes: what a user should know, one sentence each.
+    """
+
+    nodes: int
+    reflections: Mapping[str, int]
+    forms: Mapping[str, Form]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    contract: SwapContract | None
+    notes: tuple[str, ...]
+
+
+def finish_(
+    model: ir.Model,
+    adapters: Sequence[HraAdapter],
+    options: GraphOptions,
+    *,
+    family: str,
+    properties: Mapping[str, str],
+    blocks: Mapping[str, QuantizedMatrix],
+) -> Finished:
+    """Bring a graph into the shape that is written.
+
+    Args:
+        model: with opaque reflections.
+        adapters: that it was made with.
+        options: precision, swapping, form.
+        family: what kind of model it belongs to; decides how int8 works.
+        properties: for its metadata.
+        blocks: what the base's weights are made of, by parameter name, for precision `keep`.
+
+    Raises:
+        GraphError: the graph cannot be brought there.
+        NumericalError: a weight that the precision cannot hold.
+        UnsupportedModelError: chains before convolutions cannot be swapped.
+    """
+    reflections = dict(_reflections(model))
+    inputs = tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers)
+    notes = _keep_bits_(model, blocks) if options.precision == "keep" else _quantize_(model, options, family)
+    if options.activations in HALVES and _is_float32(model):
+        to_half_(model, HALVES[options.activations])
+    contract = _make_swappable_(model, [_part(adapter, reflections) for adapter in adapters], options)
+    forms = lower_(model) if options.plain_ops else {}
+    if any(is_reflection(node) for node in ir.traversal.RecursiveGraphIterator(model.graph)):
+        declare_(model)
+    clean_(model)
+    declare_versions_(model)
+    describe_(model, properties)
+    outputs = tuple(_port(value) for value in model.graph.outputs)
+    return Finished(len(list(model.graph)), reflections, forms, inputs, outputs, contract, notes)
+
+
+def write_adapters(
+    adapters: Sequence[HraAdapter], contract: SwapContract, folder: Path, *, graph: str
+) -> dict[str, Path]:
+    """Each adapter as a file for a swappable graph.
+
+    Args:
+        adapters: one file each, named after its directory, and after the graph where that is not `model`.
+        contract: of the graph.
+        folder: an existing one, where they are written.
+        graph: stem of the graph's file.
+
+    Returns:
+        Name in the output directory → file.
+    """
+    found: dict[str, Path] = {}
+    ending = SUFFIX if graph == "model" else f".{graph}{SUFFIX}"
+    for index, adapter in enumerate(adapters):
+        name = adapter.path.name if adapter.path is not None else f"adapter{index}"
+        if f"{ADAPTER_FOLDER}/{name}{ending}" in found:
+            name = f"{name}-{index}"
+        own = _part(adapter, {site.target for site in contract.sites})
+        for path in write_adapter_file(folder / f"{name}{ending}", [own], contract):
+            found[f"{ADAPTER_FOLDER}/{path.name}"] = path
+    return found
+
+
+def _part(adapter: HraAdapter, targets: Collection[str]) -> HraAdapter:
+    """The chains of an adapter that one graph of a model has: an encoder's, say."""
+    chains = {path: vectors for path, vectors in adapter.chains.items() if path in targets}
+    return replace(adapter, chains=chains)
+
+
+def _keep_bits_(model: ir.Model, blocks: Mapping[str, QuantizedMatrix]) -> tuple[str, ...]:
+    if not blocks:  # a graph that is the base has its bits
+        return ()
+    report = keep_bits_(model, blocks)
+    sizes = f"{report.size_before / 1e6:.1f} MB became {report.size_after / 1e6:.1f} MB"
+    return (f"{len(report.sites)} weights keep the base's own bits, which loses nothing: {sizes}",)
+
+
+def _quantize_(model: ir.Model, options: GraphOptions, family: str) -> tuple[str, ...]:
+    if options.precision not in ("int8", "int4"):
+        return ()
+    report = quantize_(
+        model,
+        options.precision,
+        family=family,
+        block_size=options.block_size,
+        symmetric=options.symmetric,
+    )
+    sizes = f"{report.size_before / 1e6:.1f} MB became {report.size_after / 1e6:.1f} MB"
+    worst = f"the worst is off by {report.worst.error:.1%} (`{report.worst.name}`)"
+    return (f"{options.precision}: {len(report.sites)} weights, {sizes}; {worst}",)
+
+
+def _is_float32(model: ir.Model) -> bool:
+    """Whether no weight is in half precision yet."""
+    return not any(value.dtype in DTYPES.values() for value in model.graph.initializers.values())
+
+
+def _make_swappable_(model: ir.Model, adapters: Sequence[HraAdapter], options: GraphOptions) -> SwapContract | None:
+    chosen = adapters if options.default == "adapter" else ()
+    if options.swap == "adapter":
+        return make_swappable_(model, default=chosen[:1], baked=adapters[:1])
+    if options.swap == "rows":
+        contract = make_row_swappable_(model, default=[[adapter] for adapter in chosen], baked=adapters[:1])
+        if options.plain_ops:
+            lower_rows_(model)
+        return contract
+    return None
+
+
+def _reflections(model: ir.Model) -> Mapping[str, int]:
+    found = {}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if is_reflection(node):
+            u = node.inputs[1]
+            if u is None or u.const_value is None:
+                raise GraphError(f"`{node.name}`: U is not a constant")
+            found[str(node.name).removesuffix("/hra")] = int(u.const_value.shape.numpy()[1])
+    return found
+
+
+def _port(value: ir.Value) -> Port:
+    if value.dtype is None or value.shape is None:
+        raise GraphError(f"`{value.name}` has no type or shape")
+    return Port(str(value.name), value.dtype.name.lower(), tuple(_size(size) for size in value.shape))
+
+
+def _size(size: int | ir.SymbolicDim) -> int | str:
+    return size if isinstance(size, int) else str(size.value)

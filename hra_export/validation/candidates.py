@@ -1,0 +1,131 @@
+"""What a candidate is: a merged directory, or ONNX graphs from here, from ONNX Runtime GenAI or from elsewhere."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hra_export.checkpoint import MANIFEST_NAME
+from hra_export.errors import GraphError
+from hra_export.graph.document import open_graph
+from hra_export.graph.signature import Signature, read_signature
+from hra_export.tensorfile import strict_json
+
+GENAI_CONFIG = "genai_config.json"
+# File names of others → what the graph is; the first that is there wins.
+KNOWN_NAMES = {
+    "model": ("model.onnx", "decoder_model_merged.onnx"),
+    "encoder": ("encoder_model.onnx", "encoder.onnx"),
+    "decoder": ("decoder_model_merged.onnx", "decoder_model.onnx", "decoder.onnx"),
+}
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One graph of a candidate and its outside."""
+
+    path: Path
+    signature: Signature
+
+
+@dataclass(frozen=True)
+class GraphCandidate:
+    """ONNX graphs to judge.
+
+    Attributes:
+        root: the directory that holds them.
+        graphs: `model`, or `encoder` and `decoder` → graph.
+        manifest: what `hra-export onnx` said about them; empty when they came from elsewhere.
+        genai: the parsed `genai_config.json`; None without one.
+    """
+
+    root: Path
+    graphs: Mapping[str, GraphFile]
+    manifest: Mapping[str, Any]
+    genai: Mapping[str, Any] | None
+
+    @property
+    def main(self) -> GraphFile:
+        """The graph whose outputs are the model's."""
+        return self.graphs[self.main_role]
+
+    @property
+    def main_role(self) -> str:
+        """What the main graph is."""
+        return "decoder" if "decoder" in self.graphs else next(iter(self.graphs))
+
+    @property
+    def precision(self) -> str:
+        """As promised, or as the main graph shows it."""
+        return str(self.manifest.get("precision") or self.main.signature.precision)
+
+    @property
+    def adapter_files(self) -> tuple[Path, ...]:
+        """The adapters that can be swapped in, by name."""
+        return tuple(sorted((self.root / "adapters").glob("*.onnx_adapter")))
+
+
+def is_graph_candidate(path: Path) -> bool:
+    """Whether a path leads to ONNX graphs, and not to weights."""
+    if path.is_file():
+        return path.suffix == ".onnx"
+    return (path / GENAI_CONFIG).is_file() or any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx"))
+
+
+def open_candidate(path: Path) -> GraphCandidate:
+    """Find the graphs of a candidate and read what they take and give.
+
+    Raises:
+        GraphError: no graph, graphs whose part in the model cannot be told, or a graph that cannot be used.
+    """
+    root = path if path.is_dir() else path.parent
+    manifest = _parsed(root / MANIFEST_NAME) if path.is_dir() else {}
+    genai = _parsed(root / GENAI_CONFIG) if path.is_dir() and (root / GENAI_CONFIG).is_file() else None
+    files = {"model": path} if path.is_file() else _files(root, manifest, genai)
+    graphs = {role: GraphFile(file, read_signature(open_graph(file))) for role, file in files.items()}
+    return GraphCandidate(root, graphs, manifest, genai)
+
+
+def _files(root: Path, manifest: Mapping[str, Any], genai: Mapping[str, Any] | None) -> dict[str, Path]:
+    if genai is not None:
+        return {"model": _inside(root, str(genai["model"]["decoder"]["filename"]))}
+    if manifest.get("graphs"):
+        names = [str(graph["file"]) for graph in manifest["graphs"]]
+        return {_role(name): _inside(root, name) for name in names}
+    folder = root if any(root.glob("*.onnx")) else root / "onnx"
+    there = {path.name: path for path in sorted(folder.glob("*.onnx"))}
+    known = {
+        role: there[next(name for name in names if name in there)]
+        for role, names in KNOWN_NAMES.items()
+        if any(name in there for name in names)
+    }
+    if "encoder" in known and "decoder" in known:
+        return {"encoder": known["encoder"], "decoder": known["decoder"]}
+    if "model" in known:
+        return {"model": known["model"]}
+    if len(there) == 1:
+        return {"model": next(iter(there.values()))}
+    raise GraphError(
+        f"`{root}` has no graph that can be judged",
+        findings=[f"{name}: its part in the model cannot be told from its name" for name in there],
+        hint="pass the .onnx file itself with `--candidate`",
+    )
+
+
+def _role(name: str) -> str:
+    stem = Path(name).stem
+    return next((role for role in ("encoder", "decoder") if stem.startswith(f"{role}_model")), "model")
+
+
+def _inside(root: Path, name: str) -> Path:
+    """A file that a manifest names; it may not lead out of its directory."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise GraphError(f"`{root}` names a graph outside of it: `{name}`")
+    return root / name
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    parsed = strict_json(path, path.read_bytes())
+    return parsed if isinstance(parsed, dict) else {}

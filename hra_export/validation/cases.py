@@ -1,0 +1,84 @@
+"""Which adapters a candidate is judged with: what is built in, or one adapter file after another."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hra_export.adapter import HraAdapter
+from hra_export.graph.swap_sites import ADAPTER_INDEX, U_SUFFIX
+from hra_export.validation.candidates import GraphCandidate
+
+
+@dataclass(frozen=True)
+class Case:
+    """Adapters at work, on both sides.
+
+    Attributes:
+        adapters: of the reference, in the order they compose.
+        file: to switch on in the candidate; None for what is built in.
+        name: of the case; empty when there is only one.
+    """
+
+    adapters: Sequence[HraAdapter]
+    file: Path | None = None
+    name: str = ""
+
+    @property
+    def suffix(self) -> str:
+        """Behind a title."""
+        return f", {self.name}" if self.name else ""
+
+    def label(self, text: str) -> str:
+        """A name in the report that says which case it belongs to."""
+        return f"{self.name}: {text}" if self.name else text
+
+
+def is_swappable(candidate: GraphCandidate) -> bool:
+    """Whether the graph takes its adapter as an input."""
+    return any(name.endswith(U_SUFFIX) for name in candidate.main.signature.defaults)
+
+
+def names_rows(candidate: GraphCandidate) -> bool:
+    """Whether each row of a batch names its adapter."""
+    return is_swappable(candidate) and ADAPTER_INDEX in candidate.main.signature.inputs
+
+
+def cases_of(candidate: GraphCandidate, adapters: Sequence[HraAdapter]) -> tuple[list[Case], list[str], list[str]]:
+    """The cases of a candidate, findings and notes.
+
+    An adapter file belongs to the adapters whose digests stand beside it; one that nothing stands beside, to all.
+    """
+    if not is_swappable(candidate):
+        return [Case(adapters)], [], []
+    by_digest = {adapter.digest: adapter for adapter in adapters if adapter.digest}
+    cases: list[Case] = []
+    notes: list[str] = []
+    used: set[str] = set()
+    for file in candidate.adapter_files:
+        digests = _digests(file)
+        unknown = [digest for digest in digests if digest not in by_digest]
+        if unknown:
+            notes.append(f"`{file.name}` was not judged: its adapter is not among those that were given")
+            continue
+        chosen = [by_digest[digest] for digest in digests] if digests else list(adapters)
+        used.update(digests or by_digest)
+        cases.append(Case(chosen, file, file.stem))
+    if len(cases) == 1:
+        cases = [Case(cases[0].adapters, cases[0].file)]
+    findings = [
+        f"`{adapter.label}`: the candidate has no file of this adapter"
+        for digest, adapter in by_digest.items()
+        if digest not in used
+    ]
+    if not cases and candidate.manifest.get("default") == "adapter":
+        return [Case(adapters)], [], notes
+    return cases, findings, notes
+
+
+def _digests(file: Path) -> list[str]:
+    """Of the adapters that a file was made of, as the file beside it says."""
+    beside = file.with_name(file.name + ".json")
+    description: Mapping[str, Any] = json.loads(beside.read_bytes()) if beside.is_file() else {}
+    return [str(entry["digest"]) for entry in description.get("adapters", ())]

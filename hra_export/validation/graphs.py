@@ -1,0 +1,91 @@
+"""Validate ONNX graphs: the same inputs through PyTorch with live HRA layers and through the runtime.
+
+The runtime works in a child process, on the provider that was asked for or not at all. A quantized candidate is also
+run without its adapter, where it can be, so that the error of its base and the error of the adapter are told apart.
+A swappable candidate is judged once for each of its adapter files, and without one.
+
+Limits: the reference runs on the CPU in float32; a graph with fixed axes is judged on the inputs that fit it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hra_export.adapter import HraAdapter
+from hra_export.checkpoint import Checkpoint, open_checkpoint
+from hra_export.errors import GraphError
+from hra_export.parity import ParityReport
+from hra_export.tensorfile import strict_json
+from hra_export.tolerance import GRAPH_TOLERANCES
+from hra_export.validation.candidates import GraphCandidate, open_candidate
+from hra_export.validation.cases import cases_of
+from hra_export.validation.question import Question
+from hra_export.validation.reference import make_reference
+from hra_export.validation.text import find_tokenizer
+from hra_export.validation.trial import Trial, verdict
+
+TIMEOUT = 1800.0  # seconds for one child: a graph of 8 billion weights loads and runs on a CPU
+
+Say = Callable[[str], None]
+
+
+def validate_graph(
+    adapters: Sequence[HraAdapter],
+    base: Path,
+    candidate: Path,
+    *,
+    provider: str = "cpu",
+    per_layer: bool = False,
+    text: Path | None = None,
+    prompts: Sequence[str] | None = None,
+    timeout: float = TIMEOUT,
+    say: Say | None = None,
+) -> ParityReport:
+    """Compare ONNX graphs with the base under live HRA layers.
+
+    Args:
+        adapters: in the order they compose; for a swappable candidate, those its adapter files were made of.
+        base: directory of transformers or diffusers; not changed.
+        candidate: a directory that `hra-export onnx` wrote, one of ONNX Runtime GenAI or of others, or an .onnx file.
+        provider: `cpu`, `cuda` or `tensorrt`; must run every compute node.
+        per_layer: also compare what every layer gives, in the order they run.
+        text: also score this text file: perplexity of the base, the reference and the candidate.
+        prompts: to decode greedily, for a language model with a tokenizer; None for a few neutral ones.
+        timeout: seconds after which the runtime counts as hung.
+        say: told about each stage.
+
+    Returns:
+        The verdict. A runtime that crashes, hangs or raises on an input is a finding.
+
+    Raises:
+        CheckpointError: the base cannot be read, or is no model.
+        MismatchError: the adapters do not fit the base, or an adapter file not the graph.
+        GraphError: the candidate cannot be read or loaded, or takes inputs that nothing is known for.
+        DeviceError: the provider is missing, or the runtime fell back from it.
+        UnsupportedModelError: no input is known for this kind of model, or the provider has no kernel for it.
+    """
+    tell = say or (lambda text: None)
+    question = Question(provider, per_layer, text, prompts, timeout)
+    checkpoint, found = open_checkpoint(base), open_candidate(candidate)
+    if found.precision not in GRAPH_TOLERANCES:
+        raise GraphError(f"`{candidate}`: no tolerance is known for precision `{found.precision}`")
+    config = _config(found, checkpoint)
+    tokenizer = find_tokenizer(found.root, base)
+    cases, findings, notes = cases_of(found, adapters)
+    trials = []
+    for case in cases:
+        tell(f"reference: base with live HRA layers{case.suffix}")
+        reference = make_reference(checkpoint, case.adapters, config)
+        trial = Trial(question, found, case, reference, config, tokenizer)
+        trial.run(tell)
+        trials.append(trial)
+    return verdict(found, question, trials, findings, notes)
+
+
+def _config(candidate: GraphCandidate, base: Checkpoint) -> Mapping[str, Any]:
+    """The candidate's own configuration, which may have a head that the base has not; else the base's."""
+    path = candidate.root / "config.json"
+    parsed = strict_json(path, path.read_bytes()) if path.is_file() else None
+    if isinstance(parsed, dict) and {"architectures", "_class_name"} & parsed.keys():
+        return parsed
+    return base.config

@@ -1,0 +1,263 @@
+"""One trial: a candidate with one adapter against its reference, from the inputs to what was measured."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hra_export import parity
+from hra_export.graph.variants import make_variant, silence_, widen
+from hra_export.parity import Decoding, OutputParity, ParityReport, Perplexity
+from hra_export.tolerance import GRAPH_TOLERANCES
+from hra_export.validation import decoding
+from hra_export.validation.candidates import GraphCandidate
+from hra_export.validation.cases import Case, is_swappable, names_rows
+from hra_export.validation.comparison import compared, outputs_by_name
+from hra_export.validation.feeding import runs_of
+from hra_export.validation.graph_probes import GraphProbe, graph_probes
+from hra_export.validation.job import Job, Run
+from hra_export.validation.layers import compare_layers
+from hra_export.validation.process import Answer, Ending, run_job
+from hra_export.validation.question import Question
+from hra_export.validation.reference import Reference
+from hra_export.validation.text import PROMPTS, Tokenizer
+
+QUANTIZED = ("int8", "int4")
+
+Say = Callable[[str], None]
+Sides = dict[str, dict[str, Tensor]]
+
+
+@dataclass
+class Trial:
+    """A candidate, its reference, and what came of it."""
+
+    question: Question
+    candidate: GraphCandidate
+    case: Case
+    reference: Reference
+    config: Mapping[str, Any]
+    tokenizer: Tokenizer | None
+    outputs: list[OutputParity] = field(default_factory=list)
+    layers: list[OutputParity] = field(default_factory=list)
+    decodings: list[Decoding] = field(default_factory=list)
+    perplexity: Perplexity | None = None
+    findings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, tell: Say) -> None:
+        """Do it all, and keep what was measured."""
+        with _runnable(self.candidate, self.question.provider, self.notes) as graphs:
+            self._run(graphs, tell)
+
+    def _run(self, graphs: Mapping[str, Path], tell: Say) -> None:
+        probes = self._probes()
+        adapted = {probe.name: self.reference.run(probe.inputs) for probe in probes}
+        unused = self.reference.attachment.unused()
+        self.findings += [f"{path}: this target never ran, its chain has no effect" for path in unused]
+        with self.reference.without_adapter():
+            base = {probe.name: self.reference.run(probe.inputs) for probe in probes}
+        runs = {probe.name: runs_of(self.candidate, probe) for probe in probes}
+        self._mixed(probes, runs, adapted, base)
+        said, spoken_runs = self._spoken()
+        windows, scored_runs = self._windows()
+        tell(f"candidate: {sum(map(len, runs.values()))} inputs on `{self.question.provider}`")
+        ending = self._answers(graphs, [*(run for each in runs.values() for run in each), *spoken_runs, *scored_runs])
+        if ending is None:
+            return
+        alike = [run for each in runs.values() for run in each if not run.rows]
+        start = self._start(graphs, alike, tell)
+        for probe in probes:
+            for run in runs[probe.name]:
+                self._take(probe, run, ending.answers[run.name], start.get(run.name), adapted, base)
+        self._take_decodings(ending, said, "ONNX Runtime")
+        if scored_runs:
+            self.perplexity = decoding.perplexity(self.reference, windows, scored_runs, ending.answers)
+        if self.candidate.genai is not None:
+            self._take_generations(said, tell)
+        if self.question.per_layer:
+            tell("candidate: layer by layer")
+            self._take_layers(probes)
+
+    def _mixed(self, probes: list[GraphProbe], runs: dict[str, list[Run]], adapted: Sides, base: Sides) -> None:
+        """Add one probe whose rows have the adapter in turn, where rows name their adapters."""
+        if not names_rows(self.candidate):
+            return
+        probe = max(probes, key=_batch)
+        rows = [row % 2 == 0 for row in range(_batch(probe))]
+        name = f"{probe.name}, the adapter in every second row"
+        probes.append(replace(probe, name=name))
+        runs[name] = [replace(runs[probe.name][0], name=name, rows=rows)]
+        base[name] = base[probe.name]
+        adapted[name] = {
+            output: torch.stack([ours if on else theirs for ours, theirs, on in zip(tensor, plain, rows, strict=True)])
+            for output, tensor in adapted[probe.name].items()
+            if len(plain := base[probe.name][output]) == len(rows)
+        }
+
+    def _probes(self) -> list[GraphProbe]:
+        signatures = [graph.signature for graph in self.candidate.graphs.values()]
+        takes_tokens = getattr(self.reference.model, "main_input_name", "") == "input_ids"
+        prompts: list[list[int]] = []
+        if self.tokenizer is not None and takes_tokens:
+            prompts = [self.tokenizer.prompt(prompt) for prompt in self.question.prompts or PROMPTS]
+        return graph_probes(self.reference.model, self.config, signatures, prompts)
+
+    def _spoken(self) -> tuple[list[decoding.Spoken], list[Run]]:
+        if not decoding.can_decode(self.reference, self.candidate):
+            return [], []
+        said = decoding.spoken(self.reference, self.question.prompts or PROMPTS, self.tokenizer)
+        return said, decoding.decoding_runs(self.candidate, said)
+
+    def _windows(self) -> tuple[list[list[int]], list[Run]]:
+        if self.question.text is None:
+            return [], []
+        if self.tokenizer is None or not decoding.can_decode(self.reference, self.candidate):
+            self.findings.append(f"`{self.question.text}` was not scored: this is no language model with a tokenizer")
+            return [], []
+        longest = getattr(self.reference.model.config, "max_position_embeddings", None) or 1 << 30
+        windows = self.tokenizer.windows(self.question.text, longest)
+        return windows, decoding.scored_windows(self.candidate, windows)
+
+    def _answers(self, graphs: Mapping[str, Path], runs: Sequence[Run], *, plain: bool = False) -> Ending | None:
+        """What the runtime answers; None when it ended without, which is a finding."""
+        job = Job(graphs, self.question.provider, runs, None if plain else self.case.file)
+        ending = run_job(job, timeout=self.question.timeout)
+        if ending.failure is not None:
+            self.findings.append(self.case.label(ending.failure))
+            return None
+        return ending
+
+    def _start(self, graphs: Mapping[str, Path], runs: Sequence[Run], tell: Say) -> Mapping[str, Answer]:
+        """The candidate without its adapter, where it runs so and its base is not the reference's."""
+        ending = None
+        if is_swappable(self.candidate):
+            if self.candidate.manifest.get("default") != "adapter":
+                tell("candidate: without an adapter")
+                ending = self._answers(graphs, runs, plain=True)
+        elif self.candidate.precision in QUANTIZED:
+            ending = self._silenced(graphs, runs, tell)
+        return {} if ending is None else ending.answers
+
+    def _silenced(self, graphs: Mapping[str, Path], runs: Sequence[Run], tell: Say) -> Ending | None:
+        silenced: list[bool] = []
+        with tempfile.TemporaryDirectory(prefix="hra-export-base-") as folder:
+            variants = {}
+            for role, path in graphs.items():
+                place = Path(folder, role)
+                place.mkdir()
+                variants[role] = make_variant(path, place, lambda model: silenced.append(silence_(model)))
+            if not any(silenced):
+                self.notes.append("the adapter is part of the weights: the error of the base is not told apart")
+                return None
+            tell("candidate: without its adapter")
+            return self._answers(variants, runs)
+
+    def _take(
+        self,
+        probe: GraphProbe,
+        run: Run,
+        answer: Answer,
+        start: Answer | None,
+        adapted: Mapping[str, Mapping[str, Tensor]],
+        base: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        label = self.case.label(run.name)
+        if answer.error is not None:
+            self.findings.append(f"{label}: the runtime failed: {answer.error}")
+            return
+        has_encoder = "encoder" in self.candidate.graphs
+        outputs = outputs_by_name(answer.outputs, has_encoder=has_encoder)
+        own = outputs_by_name(start.outputs, has_encoder=has_encoder) if start is not None and start.outputs else None
+        for each in compared(label, probe, adapted[probe.name], base[probe.name], outputs, own):
+            if isinstance(each, OutputParity):
+                self.outputs.append(each)
+            else:
+                self.findings.append(each)
+
+    def _take_decodings(self, ending: Ending, said: Sequence[decoding.Spoken], runtime: str) -> None:
+        for each in said:
+            if error := ending.answers[each.name].error:
+                self.findings.append(self.case.label(f"{each.name}: {runtime} failed: {error}"))
+        found = decoding.decodings(said, ending.answers, self.tokenizer, runtime=runtime)
+        self.decodings += found
+        self.findings += [self.case.label(each) for each in decoding.decoding_findings(found, self.outputs)]
+
+    def _take_generations(self, said: Sequence[decoding.Spoken], tell: Say) -> None:
+        """The same prompts by the generator of ONNX Runtime GenAI, which stops where a text ends."""
+        tell("candidate: decoding with ONNX Runtime GenAI")
+        ends = decoding.end_tokens(self.reference)
+        asked = [decoding.cut(each, ends) for each in said]
+        job = Job(
+            {},
+            self.question.provider,
+            adapter=self.case.file,
+            genai=self.candidate.root,
+            generations=decoding.generations(asked),
+        )
+        ending = run_job(job, timeout=self.question.timeout)
+        if ending.failure is not None:
+            self.findings.append(self.case.label(ending.failure))
+            return
+        self._take_decodings(ending, asked, "ONNX Runtime GenAI")
+
+    def _take_layers(self, probes: Sequence[GraphProbe]) -> None:
+        self.layers, notes = compare_layers(
+            self.reference,
+            self.candidate,
+            probes,
+            provider=self.question.provider,
+            adapter=self.case.file,
+            timeout=self.question.timeout,
+        )
+        self.notes += notes
+
+
+def verdict(
+    candidate: GraphCandidate,
+    question: Question,
+    trials: Sequence[Trial],
+    findings: Sequence[str],
+    notes: Sequence[str],
+) -> ParityReport:
+    """All trials of a candidate as one report."""
+    tolerance = GRAPH_TOLERANCES[candidate.precision]
+    outputs = [output for trial in trials for output in trial.outputs]
+    return ParityReport(
+        dtype=candidate.precision,
+        tolerance=tolerance,
+        outputs=tuple(outputs),
+        findings=(
+            *findings,
+            *(finding for trial in trials for finding in trial.findings),
+            *parity.departed(outputs, tolerance),
+        ),
+        notes=tuple(dict.fromkeys([*notes, *(note for trial in trials for note in trial.notes)])),
+        layers=tuple(layer for trial in trials for layer in trial.layers),
+        decodings=tuple(each for trial in trials for each in trial.decodings),
+        perplexity=next((trial.perplexity for trial in trials if trial.perplexity is not None), None),
+        provider=question.provider,
+    )
+
+
+def _batch(probe: GraphProbe) -> int:
+    return len(next(iter(probe.inputs.values())))
+
+
+@contextmanager
+def _runnable(candidate: GraphCandidate, provider: str, notes: list[str]) -> Iterator[Mapping[str, Path]]:
+    """The graphs as they are, or as float32 where the provider has no bfloat16."""
+    graphs = {role: graph.path for role, graph in candidate.graphs.items()}
+    if candidate.precision != "bf16" or provider != "cpu":
+        yield graphs
+        return
+    notes.append("the CPU computes no bfloat16: the graph was run in float32 with the same weights")
+    with tempfile.TemporaryDirectory(prefix="hra-export-wide-") as folder:
+        for role in graphs:
+            Path(folder, role).mkdir()
+        yield {role: widen(path, Path(folder, role)) for role, path in graphs.items()}
