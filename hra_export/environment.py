@@ -26,9 +26,12 @@ DISTRIBUTION = "hra-export"
 DEVELOPMENT_EXTRAS = ("dev",)
 # Distributions that install the module `onnxruntime`.
 ONNXRUNTIME_BUILDS = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-directml", "onnxruntime-openvino")
+# Beside onnxruntime-gpu only the CUDA build works, also on CPUs; macOS has neither.
+ONNXRUNTIME_GENAI = "onnxruntime-genai" if sys.platform == "darwin" else "onnxruntime-genai-cuda"
 # What is used where it is there, and what for.
 OPTIONAL = {
     "gguf": "a .gguf file as base",
+    ONNXRUNTIME_GENAI: "directories for ONNX Runtime GenAI",
     "peft": "training, and PEFT as the judge in tests",
     "trl": "training",
     "accelerate": "training",

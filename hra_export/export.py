@@ -15,19 +15,22 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from hra_export import publish
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import MANIFEST_NAME, open_checkpoint
+from hra_export.codebook import CodebookMatrix
 from hra_export.graph import document
 from hra_export.graph.built import BuiltSource
 from hra_export.graph.finishing import Finished, finish_, write_adapters
 from hra_export.graph.inserted import InsertedSource, graph_file
+from hra_export.graph.kept_bits import Matrix
 from hra_export.graph.making import GraphSource, MadeGraphs, Say
-from hra_export.graph.options import GraphOptions
+from hra_export.graph.options import FLOATS, GraphOptions
 from hra_export.graph.provenance import provenance
 from hra_export.graph.traced import TracedSource
 from hra_export.planning import plan_merge
-from hra_export.quantization import QuantizedMatrix
 
 # What decides the bytes of a graph, beside its inputs.
 TOOLS = ("hra-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -49,7 +52,7 @@ class ExportPlan:
     adapters: tuple[HraAdapter, ...]
     options: GraphOptions
     notes: tuple[str, ...] = ()
-    blocks: Mapping[str, QuantizedMatrix] = field(default_factory=dict)
+    blocks: Mapping[str, Matrix] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -74,7 +77,7 @@ def plan_export(
     adapters: Sequence[HraAdapter],
     options: GraphOptions,
     *,
-    blocks: Mapping[str, QuantizedMatrix] | None = None,
+    blocks: Mapping[str, Matrix] | None = None,
 ) -> ExportPlan:
     """Check that adapters and base fit, from headers only.
 
@@ -190,12 +193,25 @@ def _manifest(plan: ExportPlan, report: ExportReport) -> bytes:
             for adapter in plan.adapters
         ],
         **asdict(plan.options),
+        "rounding": _rounding(plan),
         "family": report.family,
         "task": report.task,
         "notes": list(report.notes),
         "graphs": [{"file": f"{name}.onnx", **asdict(graph)} for name, graph in report.graphs.items()],
     }
     return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def _rounding(plan: ExportPlan) -> str | None:
+    """The precision by which a graph with kept bits may differ from its base; None for any other graph.
+
+    bitsandbytes rounds what it dequantizes to the base's dtype. Graphs do not.
+    """
+    if plan.options.precision != "keep" or not plan.blocks:
+        return None
+    rounded = [matrix.dtype for matrix in plan.blocks.values() if isinstance(matrix, CodebookMatrix)]
+    coarsest = max([plan.options.activations, *rounded], key=lambda dtype: torch.finfo(dtype).eps)
+    return next(name for name, dtype in FLOATS.items() if dtype == coarsest)
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from importlib import import_module
 from types import ModuleType
 
 CONVERTERS = {
+    "from_bitsandbytes": "hra_export.converters.from_bitsandbytes",
     "from_gguf": "hra_export.converters.from_gguf",
 }
 

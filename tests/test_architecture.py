@@ -28,7 +28,15 @@ FLOORS: list[list[tuple[str, ...]]] = [
     # finds a converter by its name
     [("registry",)],
     # one job of a verb each
-    [("validation",), ("inspection", "effect"), ("environment",), ("training",), ("converters",), ("export",), ("bench", "contenders", "workload")],
+    [
+        ("validation",),
+        ("inspection", "effect"),
+        ("environment",),
+        ("training",),
+        ("converters",),
+        ("export",),
+        ("bench", "contenders", "workload"),
+    ],
     # carries a plan out as a graph, of merged weights for one
     [("graph",)],
     # carries a plan out as weights

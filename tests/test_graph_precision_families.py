@@ -15,8 +15,13 @@ from tests.graph_scene import Scene, make_scene
 
 # A random adapter moves these models by about their own size, so that this is the relative error of the outputs: some
 # tens of roundings of an 11-bit significand (measured: at most 2e-3), of an 8-bit one, and of weights.
-EFFECT = {"fp16": 0.005, "bf16": 0.04, "int8": 0.1, "int4": 0.35}
-NAMES = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "t5", "vit", "unet"))]
+EFFECT = {"fp16": 0.005, "bf16": 0.04, "int8": 0.1, "int4": 0.6}
+SLOW = ("bert", "t5", "vit", "unet")
+SCENES = [
+    ("llama", "reflect"),
+    ("llama", "merged"),
+    *(pytest.param((name, mode), marks=pytest.mark.slow) for name in SLOW for mode in ("reflect", "merged")),
+]
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,10 @@ class InFloat32(Candidate):
         return {key: value.float() for key, value in super().run(name, cast).items()}
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=SCENES, ids="-".join)
 def scene(request: pytest.FixtureRequest) -> Scene:
-    return make_scene(request.param)
+    name, mode = request.param
+    return make_scene(name, mode=mode)
 
 
 def at_precision(scene: Scene, precision: Any) -> Scene:

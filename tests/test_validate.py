@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -182,6 +183,17 @@ def test_command_ends_with_0_and_prints_the_effect_first(llama: Path) -> None:
     assert result.return_value == 0
     assert "effect off by" in result.stdout.splitlines()[0]
     assert "parity holds" in result.stdout
+
+
+def test_command_writes_a_page_for_weights_too(llama: Path, tmp_path: Path) -> None:
+    assert run(llama, "merged", "--html", str(tmp_path / "page.html")).return_value == 0
+    assert "parity holds (float32)" in (tmp_path / "page.html").read_text()
+
+
+def test_command_refuses_what_only_graphs_have(llama: Path) -> None:
+    result = run(llama, "merged", "--per-layer", "--provider", "cuda")
+    assert isinstance(result.exception, click.UsageError)
+    assert "--per-layer, --provider" in str(result.exception)
 
 
 def test_command_ends_with_3_when_the_base_is_the_candidate(llama: Path) -> None:

@@ -222,8 +222,9 @@ def test_genai_directory_is_run_by_both_runtimes(tmp_path: Path) -> None:
     folder = prepare("llama", tmp_path)
     write_tokenizer(folder / "base")
     candidate = export(folder, "genai", mode="reflect", runtime="genai")
-    report = judge(folder, candidate, prompts=["Hello_there"])
+    report = judge(folder, candidate, prompts=["Hello_there"], per_layer=True)
     assert report.ok, report.findings
+    assert "model.layers.0.self_attn.q_proj" in {layer.name for layer in report.layers}
     assert [decoding.runtime for decoding in report.decodings] == ["ONNX Runtime", "ONNX Runtime GenAI"]
     assert all(decoding.agreed == decoding.count for decoding in report.decodings)
 

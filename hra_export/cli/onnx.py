@@ -89,7 +89,7 @@ def command(
 
     Example: hra-export onnx runs/adapter --base models/base --output onnx --mode reflect
     """
-    from hra_export.cli.sources import resolve_adapter, resolve_base
+    from hra_export.cli.sources import resolve_adapter
     from hra_export.export import export_graphs
 
     started = time.perf_counter()
@@ -113,8 +113,7 @@ def command(
         return 0
     from hra_export.validation.graphs import validate_graph
 
-    directory = resolve_base(base, read, console)
-    parity = validate_graph(read, directory, output, provider=wishes["provider"], say=console.say)
+    parity = validate_graph(read, plan.source.root, output, provider=wishes["provider"], say=console.say)
     text = f"{_report_text(report, seconds)}\n\n{report_text(parity)}"
     console.result(text, {**data, "validation": parity.to_json()})
     return 0 if parity.ok else PARITY_FAILED
@@ -122,10 +121,9 @@ def command(
 
 def _plan(base: str | None, adapters: list["HraAdapter"], wishes: dict[str, Any], console: Console) -> "ExportPlan":
     """The plan, with the defaults that suit the base; wishes that exclude each other are a matter of usage."""
-    from hra_export.cli.sources import quantized_base, resolve_base
+    from hra_export.cli.sources import quantized_base, quantized_matrices, resolve_base
     from hra_export.export import plan_export
     from hra_export.graph.options import GraphOptions
-    from hra_export.registry import load_converter
 
     swappable, per_row = wishes.pop("swappable"), wishes.pop("per_row")
     swap = "rows" if per_row else "adapter" if swappable else "none"
@@ -136,12 +134,12 @@ def _plan(base: str | None, adapters: list["HraAdapter"], wishes: dict[str, Any]
     blocks = None
     try:
         options = GraphOptions(**{**wishes, "mode": mode, "precision": precision, "swap": swap})
-        if file is not None and file.suffix == ".gguf" and precision == "keep":
+        if file is not None and precision == "keep" and (blocks := quantized_matrices(file)):
             console.say(
                 f"`{file.name}` is quantized: its bits are kept and the reflections stay outside, which is exact"
             )
-            blocks = dict(load_converter("from_gguf").quantized_matrices(file))
-        return plan_export(resolve_base(base, adapters, console), adapters, options, blocks=blocks)
+        directory = resolve_base(base, adapters, console, dequantize=True)
+        return plan_export(directory, adapters, options, blocks=blocks)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

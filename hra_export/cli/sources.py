@@ -1,8 +1,12 @@
-"""What ADAPTER and BASE may be: a directory, a Hub id, a .gguf file. The only place that may use the network."""
+"""What ADAPTER and BASE may be: a directory, a Hub id, a .gguf file. The only place that may use the network.
+
+A quantized base is dequantized once, into the user's cache, where the verb that asks for it can use that.
+"""
 
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
@@ -11,10 +15,15 @@ from hra_export.cli.console import Console
 from hra_export.errors import AdapterError, CheckpointError, OutputError
 from hra_export.registry import load_converter
 
+if TYPE_CHECKING:
+    from hra_export.graph.kept_bits import Matrix
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 ADAPTER_PATTERNS = ["adapter_config.json", "adapter_model.safetensors", "token*", "*.jinja", "vocab*", "merges.txt"]
 # Everything a model directory may need except weights in other formats.
 BASE_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "README.md"]
+
+FROM_GGUF, FROM_BITSANDBYTES = "from_gguf", "from_bitsandbytes"
 
 
 def resolve_adapter(name: str) -> HraAdapter:
@@ -31,30 +40,59 @@ def resolve_adapter(name: str) -> HraAdapter:
     return read_adapter(_download(name, ADAPTER_PATTERNS, what="adapter"))
 
 
-def resolve_base(name: str | None, adapters: list[HraAdapter], console: Console) -> Path:
+def resolve_base(name: str | None, adapters: list[HraAdapter], console: Console, *, dequantize: bool = False) -> Path:
     """The directory of a base: as it is, from the Hub, or dequantized from a GGUF file into the user's cache.
+
+    Args:
+        name: as the user gave it; None for the one that an adapter names.
+        adapters: in the order they compose.
+        console: told what is dequantized.
+        dequantize: also what bitsandbytes quantized, for graphs; without, such a directory is given as it is.
 
     Raises:
         CheckpointError: no base was named or it does not exist.
     """
+    path = _locate(name, adapters)
+    if path.is_file():
+        return _dequantize(path, FROM_GGUF, console) if path.suffix == ".gguf" else path
+    return _dequantize(path, FROM_BITSANDBYTES, console) if dequantize and _is_bitsandbytes(path) else path
+
+
+def quantized_base(name: str | None, adapters: list[HraAdapter]) -> Path | None:
+    """A base that is quantized, `.gguf`, a graph or of bitsandbytes, and whose bits can be kept; None for any other.
+
+    Raises:
+        CheckpointError: no base was named or it does not exist.
+    """
+    path = _locate(name, adapters)
+    is_quantized = path.suffix in (".gguf", ".onnx") if path.is_file() else _is_bitsandbytes(path)
+    return path if is_quantized else None
+
+
+def quantized_matrices(path: Path) -> dict[str, "Matrix"]:
+    """What the weights of a quantized base are made of, by parameter name; empty for a graph, which has its bits.
+
+    Raises:
+        CheckpointError, FormatError, UnsupportedModelError: as its converter.
+    """
+    if path.suffix == ".onnx" and path.is_file():
+        return {}
+    return dict(load_converter(FROM_GGUF if path.is_file() else FROM_BITSANDBYTES).quantized_matrices(path))
+
+
+def _locate(name: str | None, adapters: list[HraAdapter]) -> Path:
+    """The file or directory of a base on this machine, fetched if need be."""
     chosen = name or next((adapter.base for adapter in adapters if adapter.base), None)
     if chosen is None:
         raise CheckpointError("the adapter names no base", hint="pass it with `--base`")
     path = _existing(chosen)
     if path is not None:
-        return _dequantize(path, console) if path.is_file() and path.suffix == ".gguf" else path
+        return path
     if not HUB_ID.fullmatch(chosen):
         raise CheckpointError(
             f"base `{chosen}` does not exist", hint="pass another with `--base`" if not name else None
         )
     return _download(chosen, BASE_PATTERNS, what="base")
-
-
-def quantized_base(name: str | None, adapters: list[HraAdapter]) -> Path | None:
-    """The file of a base that is quantized, `.gguf` or a graph, and whose bits can be kept; None for any other."""
-    chosen = name or next((adapter.base for adapter in adapters if adapter.base), None)
-    path = None if chosen is None else _existing(chosen)
-    return path if path is not None and path.is_file() and path.suffix in (".gguf", ".onnx") else None
 
 
 def _existing(name: str) -> Path | None:
@@ -66,9 +104,14 @@ def _existing(name: str) -> Path | None:
         return None
 
 
-def _dequantize(path: Path, console: Console) -> Path:
-    converter = load_converter("from_gguf")
-    target = Path(platformdirs.user_cache_dir("hra-export")) / "gguf" / converter.cache_name(path)
+def _is_bitsandbytes(path: Path) -> bool:
+    return bool(load_converter(FROM_BITSANDBYTES).recognizes(path))
+
+
+def _dequantize(path: Path, converter_name: str, console: Console) -> Path:
+    converter = load_converter(converter_name)
+    folder = converter_name.removeprefix("from_")
+    target = Path(platformdirs.user_cache_dir("hra-export")) / folder / converter.cache_name(path)
     if not target.exists():
         console.say(f"dequantizing `{path.name}` to float32, once, into `{target}`")
         target.parent.mkdir(parents=True, exist_ok=True)

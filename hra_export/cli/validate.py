@@ -63,10 +63,11 @@ def command(
     Example: hra-export validate runs/adapter --base models/base --candidate merged
     """
     from hra_export.cli.sources import resolve_adapter, resolve_base
+    from hra_export.validation.candidates import is_graph_candidate
 
     hide_loading_bars()
     read = [resolve_adapter(name) for name in adapters]
-    directory = resolve_base(base, read, console)
+    directory = resolve_base(base, read, console, dequantize=is_graph_candidate(candidate))
     report = _validate(read, directory, candidate, provider, asked, console)
     if html is not None:
         from hra_export.validation.page import write_page

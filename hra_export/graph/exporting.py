@@ -64,6 +64,8 @@ def export_graph(spec: GraphSpec, *, opset: int = 20, fusions: Fusions = "none")
     labelling.name_reflections_(model)
     labelling.name_axes_(model, spec)
     clean_(model)
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop("namespace", None)  # classes along the module path, which `name_scopes` tell
     return model
 
 

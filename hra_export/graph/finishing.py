@@ -12,11 +12,12 @@ import onnx_ir as ir
 import torch
 
 from hra_export.adapter import HraAdapter
+from hra_export.codebook import CodebookMatrix
 from hra_export.errors import GraphError
 from hra_export.graph.adapter_file import SUFFIX, write_adapter_file
 from hra_export.graph.forms import Form, lower_
 from hra_export.graph.half import DTYPES, Half, to_half_
-from hra_export.graph.kept_bits import keep_bits_
+from hra_export.graph.kept_bits import Matrix, keep_bits_
 from hra_export.graph.operator import declare_, is_reflection
 from hra_export.graph.options import GraphOptions
 from hra_export.graph.provenance import clean_, declare_versions_, describe_
@@ -24,7 +25,6 @@ from hra_export.graph.quantize import quantize_
 from hra_export.graph.rows import lower_rows_
 from hra_export.graph.swap_sites import SwapContract
 from hra_export.graph.swapping import make_row_swappable_, make_swappable_
-from hra_export.quantization import QuantizedMatrix
 
 ADAPTER_FOLDER = "adapters"
 HALVES: Mapping[torch.dtype, Half] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -69,7 +69,7 @@ def finish_(
     *,
     family: str,
     properties: Mapping[str, str],
-    blocks: Mapping[str, QuantizedMatrix],
+    blocks: Mapping[str, Matrix],
 ) -> Finished:
     """Bring a graph into the shape that is written.
 
@@ -87,10 +87,11 @@ def finish_(
         UnsupportedModelError: chains before convolutions cannot be swapped.
     """
     reflections = dict(_reflections(model))
-    inputs = tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers)
-    notes = _keep_bits_(model, blocks) if options.precision == "keep" else _quantize_(model, options, family)
+    keeps = options.precision == "keep"
+    notes = _keep_bits_(model, blocks, options) if keeps else _quantize_(model, options, family)
     if options.activations in HALVES and _is_float32(model):
         to_half_(model, HALVES[options.activations])
+    inputs = tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers)
     contract = _make_swappable_(model, [_part(adapter, reflections) for adapter in adapters], options)
     forms = lower_(model) if options.plain_ops else {}
     if any(is_reflection(node) for node in ir.traversal.RecursiveGraphIterator(model.graph)):
@@ -134,12 +135,18 @@ def _part(adapter: HraAdapter, targets: Collection[str]) -> HraAdapter:
     return replace(adapter, chains=chains)
 
 
-def _keep_bits_(model: ir.Model, blocks: Mapping[str, QuantizedMatrix]) -> tuple[str, ...]:
+def _keep_bits_(model: ir.Model, blocks: Mapping[str, Matrix], options: GraphOptions) -> tuple[str, ...]:
     if not blocks:  # a graph that is the base has its bits
         return ()
-    report = keep_bits_(model, blocks)
+    # Still float32 here: without the level, matrices in 8 bits would be split as the CPU needs it.
+    report = keep_bits_(model, blocks, accuracy_level=4 if options.activations in HALVES else 0)
     sizes = f"{report.size_before / 1e6:.1f} MB became {report.size_after / 1e6:.1f} MB"
-    return (f"{len(report.sites)} weights keep the base's own bits, which loses nothing: {sizes}",)
+    notes = [f"{len(report.sites)} weights keep the base's own bits, which loses nothing: {sizes}"]
+    dtypes = {matrix.dtype for matrix in blocks.values() if isinstance(matrix, CodebookMatrix)} - {torch.float32}
+    for dtype in sorted(map(str, dtypes)):
+        name = dtype.removeprefix("torch.")
+        notes.append(f"bitsandbytes rounds its weights to {name} wherever it computes with them, the graph does not")
+    return tuple(notes)
 
 
 def _quantize_(model: ir.Model, options: GraphOptions, family: str) -> tuple[str, ...]:

@@ -211,7 +211,8 @@ def _of_torch(tensor: Any) -> Any:
 def _provider_options(provider: Provider, device: int, cuda_graph: bool) -> dict[str, str]:
     if provider == "cpu":
         return {}
-    options = {"device_id": str(device)}
+    # TF32 would round float32 products to 11 bits, and parity in float32 would be lost.
+    options = {"device_id": str(device), **({"use_tf32": "0"} if provider == "cuda" else {})}
     return {**options, "enable_cuda_graph": "1"} if cuda_graph else options
 
 

@@ -15,9 +15,10 @@ from hra_export.companions import changed_config, companion_files
 from hra_export.errors import CheckpointError, MismatchError
 from hra_export.graph.exporting import export_graph
 from hra_export.graph.families import graph_specs
+from hra_export.graph.labelling import check_reflections
 from hra_export.graph.making import MadeGraphs, Say
 from hra_export.graph.options import GraphOptions
-from hra_export.graph.tracing import make_traceable_
+from hra_export.graph.tracing import make_traceable_, used_reflections
 from hra_export.loading import load_model
 from hra_export.plan import MergePlan
 
@@ -60,6 +61,13 @@ class TracedSource:
         for spec in specs:
             say(f"tracing {spec.name}: {type(model).__name__}, {spec.task}")
             graphs[spec.name] = export_graph(spec, opset=options.opset, fusions=options.fusions)
+        used, idle = used_reflections(model)
+        check_reflections(list(graphs.values()), used)
+        if idle:
+            notes = (
+                *notes,
+                f"{len(idle)} targets never run in this model, so their chains do nothing: {', '.join(idle)}",
+            )
         files = graph_files(self.plan, options)
         companions = {name: path for name, path in graph_companions(self.plan).items() if name not in files}
         return MadeGraphs(graphs, specs[0].family, specs[0].task, notes, files, companions)

@@ -22,6 +22,7 @@ class TracedModule(nn.Module):
     """In the place of a base layer, whose attributes (`weight`, `in_features`) show through: model code reads them."""
 
     base_layer: nn.Module
+    calls = 0
 
     def __getattr__(self, name: str) -> Any:
         """What neither this module nor its buffers have is the base layer's."""
@@ -51,6 +52,7 @@ class TracedLayer(TracedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base layer of the reflected rows."""
+        self.calls += 1
         return self.base_layer(trace(x, self.hra_U, self.hra_V))
 
 
@@ -59,6 +61,7 @@ class TracedEmbedding(TracedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows of x (…), rotated: (…, d)."""
+        self.calls += 1
         return trace(self.base_layer(x), self.hra_U, self.hra_V)
 
 
@@ -80,8 +83,15 @@ class TracedConv2d(TracedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base convolution plus ΔW's part."""
+        self.calls += 1
         reduced = self.base_layer._conv_forward(x, self.hra_A, None)  # stride, padding and dilation of the base
         return self.base_layer(x) + nn.functional.conv2d(reduced, self.hra_B)
+
+
+def used_reflections(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Module paths of reflections that a forward pass has run, a traced one for instance, and of the others."""
+    found = {path: module.calls for path, module in model.named_modules() if isinstance(module, TracedModule)}
+    return tuple(path for path in found if found[path]), tuple(path for path in found if not found[path])
 
 
 def make_traceable_(attachment: Attachment) -> tuple[str, ...]:

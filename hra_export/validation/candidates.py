@@ -56,8 +56,11 @@ class GraphCandidate:
 
     @property
     def precision(self) -> str:
-        """As promised, or as the main graph shows it."""
-        return str(self.manifest.get("precision") or self.main.signature.precision)
+        """As promised, or as the main graph shows it; of kept bits, what is rounded beside them."""
+        promised = self.manifest.get("precision")
+        if promised == "keep":
+            promised = self.manifest.get("rounding")
+        return str(promised or self.main.signature.precision)
 
     @property
     def adapter_files(self) -> tuple[Path, ...]:

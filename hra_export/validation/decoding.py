@@ -47,6 +47,12 @@ def can_decode(reference: Reference, candidate: GraphCandidate) -> bool:
     return generates and "model" in candidate.graphs and "input_ids" in takes and "pixel_values" not in takes
 
 
+def longest_text(reference: Reference) -> int:
+    """How many positions the model has; a large number for one that counts none."""
+    config: Any = reference.model.config
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
 def spoken(reference: Reference, prompts: Sequence[str], tokenizer: Tokenizer | None) -> list[Spoken]:
     """The reference's continuations of prompts, or of a few random tokens."""
     if tokenizer is not None:
@@ -55,6 +61,8 @@ def spoken(reference: Reference, prompts: Sequence[str], tokenizer: Tokenizer | 
         vocabulary = reference.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]  # a config
         drawn = torch.randint(FIRST_ID, vocabulary, (PREFIX,), generator=torch.Generator().manual_seed(SEED))
         asked = [(f"{PREFIX} random tokens", drawn.tolist())]
+    room = max(1, longest_text(reference) - NEW_TOKENS)
+    asked = [(prompt, ids[-room:]) for prompt, ids in asked]
     answers = [reference.greedy(ids, NEW_TOKENS) for _, ids in asked]
     return [
         Spoken(f"decoding prompt {number}", prompt, ids, tokens, logits)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hra_export import parity
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint, open_checkpoint
 from hra_export.errors import GraphError
@@ -22,7 +23,7 @@ from hra_export.validation.cases import cases_of
 from hra_export.validation.question import Question
 from hra_export.validation.reference import make_reference
 from hra_export.validation.text import find_tokenizer
-from hra_export.validation.trial import Trial, verdict
+from hra_export.validation.trial import Trial
 
 TIMEOUT = 1800.0  # seconds for one child: a graph of 8 billion weights loads and runs on a CPU
 
@@ -79,7 +80,7 @@ def validate_graph(
         trial = Trial(question, found, case, reference, config, tokenizer)
         trial.run(tell)
         trials.append(trial)
-    return verdict(found, question, trials, findings, notes)
+    return _verdict(found, question, trials, findings, notes)
 
 
 def _config(candidate: GraphCandidate, base: Checkpoint) -> Mapping[str, Any]:
@@ -89,3 +90,30 @@ def _config(candidate: GraphCandidate, base: Checkpoint) -> Mapping[str, Any]:
     if isinstance(parsed, dict) and {"architectures", "_class_name"} & parsed.keys():
         return parsed
     return base.config
+
+
+def _verdict(
+    candidate: GraphCandidate,
+    question: Question,
+    trials: Sequence[Trial],
+    findings: Sequence[str],
+    notes: Sequence[str],
+) -> ParityReport:
+    """All trials of a candidate as one report."""
+    tolerance = GRAPH_TOLERANCES[candidate.precision]
+    outputs = [output for trial in trials for output in trial.outputs]
+    return ParityReport(
+        dtype=candidate.precision,
+        tolerance=tolerance,
+        outputs=tuple(outputs),
+        findings=(
+            *findings,
+            *(finding for trial in trials for finding in trial.findings),
+            *parity.departed(outputs, tolerance),
+        ),
+        notes=tuple(dict.fromkeys([*notes, *(note for trial in trials for note in trial.notes)])),
+        layers=tuple(layer for trial in trials for layer in trial.layers),
+        decodings=tuple(each for trial in trials for each in trial.decodings),
+        perplexity=next((trial.perplexity for trial in trials if trial.perplexity is not None), None),
+        provider=question.provider,
+    )

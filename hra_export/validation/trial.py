@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hra_export import parity
 from hra_export.graph.variants import make_variant, silence_, widen
-from hra_export.parity import Decoding, OutputParity, ParityReport, Perplexity
-from hra_export.tolerance import GRAPH_TOLERANCES
+from hra_export.parity import Decoding, OutputParity, Perplexity
 from hra_export.validation import decoding
 from hra_export.validation.candidates import GraphCandidate
 from hra_export.validation.cases import Case, is_swappable, names_rows
@@ -120,8 +118,7 @@ class Trial:
         if self.tokenizer is None or not decoding.can_decode(self.reference, self.candidate):
             self.findings.append(f"`{self.question.text}` was not scored: this is no language model with a tokenizer")
             return [], []
-        longest = getattr(self.reference.model.config, "max_position_embeddings", None) or 1 << 30
-        windows = self.tokenizer.windows(self.question.text, longest)
+        windows = self.tokenizer.windows(self.question.text, decoding.longest_text(self.reference))
         return windows, decoding.scored_windows(self.candidate, windows)
 
     def _answers(self, graphs: Mapping[str, Path], runs: Sequence[Run], *, plain: bool = False) -> Ending | None:
@@ -218,33 +215,6 @@ class Trial:
         self.notes += notes
 
 
-def verdict(
-    candidate: GraphCandidate,
-    question: Question,
-    trials: Sequence[Trial],
-    findings: Sequence[str],
-    notes: Sequence[str],
-) -> ParityReport:
-    """All trials of a candidate as one report."""
-    tolerance = GRAPH_TOLERANCES[candidate.precision]
-    outputs = [output for trial in trials for output in trial.outputs]
-    return ParityReport(
-        dtype=candidate.precision,
-        tolerance=tolerance,
-        outputs=tuple(outputs),
-        findings=(
-            *findings,
-            *(finding for trial in trials for finding in trial.findings),
-            *parity.departed(outputs, tolerance),
-        ),
-        notes=tuple(dict.fromkeys([*notes, *(note for trial in trials for note in trial.notes)])),
-        layers=tuple(layer for trial in trials for layer in trial.layers),
-        decodings=tuple(each for trial in trials for each in trial.decodings),
-        perplexity=next((trial.perplexity for trial in trials if trial.perplexity is not None), None),
-        provider=question.provider,
-    )
-
-
 def _batch(probe: GraphProbe) -> int:
     return len(next(iter(probe.inputs.values())))
 
@@ -253,7 +223,8 @@ def _batch(probe: GraphProbe) -> int:
 def _runnable(candidate: GraphCandidate, provider: str, notes: list[str]) -> Iterator[Mapping[str, Path]]:
     """The graphs as they are, or as float32 where the provider has no bfloat16."""
     graphs = {role: graph.path for role, graph in candidate.graphs.items()}
-    if candidate.precision != "bf16" or provider != "cpu":
+    keeps = candidate.manifest.get("precision") == "keep"  # judged as bf16 where its base is in that
+    if candidate.precision != "bf16" or keeps or provider != "cpu":
         yield graphs
         return
     notes.append("the CPU computes no bfloat16: the graph was run in float32 with the same weights")
