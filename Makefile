@@ -23,7 +23,7 @@ help: ## list the targets
 	@touch $@
 
 test: .venv/.installed ## run the tests, those on real models included (not the slow ones)
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 slow: .venv/.installed ## run the tests that take minutes
 	@$(BIN)/python -m pytest -m slow

@@ -89,6 +89,23 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
+class RoundingCost:
+    """What rounded weights do to PyTorch's own outputs, over all inputs together: how good they are, not how right.
+
+    Attributes:
+        effect: ‖rounded − exact‖, relative to the adapter's effect.
+        kl: mean KL(exact ‖ rounded), in nats; None without logits.
+        base_effect: the same without the adapter; None where it is part of the weights.
+        base_kl: the same without the adapter.
+    """
+
+    effect: float
+    kl: float | None
+    base_effect: float | None = None
+    base_kl: float | None = None
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """The verdict: `ok` only when something was compared and there are no findings.
 
@@ -96,6 +113,8 @@ class ParityReport:
         dtype: what was promised: a storage dtype, or a graph's precision.
         layers: outputs of single layers, in the order they run, when asked for.
         provider: the execution provider that ran every node of a graph; None for weights.
+        exact: the outputs again, of the graph with its activations not rounded; only where it rounds them.
+        cost: what rounding the weights cost; None where the reference has no rounded weights.
     """
 
     dtype: str
@@ -107,6 +126,8 @@ class ParityReport:
     decodings: tuple[Decoding, ...] = ()
     perplexity: Perplexity | None = None
     provider: str | None = None
+    exact: tuple[OutputParity, ...] = ()
+    cost: RoundingCost | None = None
 
     @property
     def ok(self) -> bool:
@@ -135,6 +156,8 @@ class ParityReport:
             "findings": list(self.findings),
             "notes": list(self.notes),
             "outputs": [asdict(output) for output in self.outputs],
+            "exact": [asdict(output) for output in self.exact],
+            "rounding_cost": None if self.cost is None else asdict(self.cost),
             "layers": [asdict(layer) for layer in self.layers],
             "first_departure": None if first is None else first.name,
             "decodings": [asdict(decoding) for decoding in self.decodings],

@@ -16,6 +16,7 @@ import onnxruntime
 import platformdirs
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -25,6 +26,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from hra_export import attach, read_adapter
@@ -40,10 +42,6 @@ VOCABULARY = 96
 
 from_bitsandbytes = load_converter("from_bitsandbytes")
 
-pytestmark = [
-    # bitsandbytes on a CPU: what it says of its own kernels is not ours to mend.
-    pytest.mark.filterwarnings("ignore::FutureWarning:bitsandbytes"),
-]
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 RANK = 4
 # Two float32 runs of one model, as in tests/test_onnx_command.py.
@@ -51,13 +49,13 @@ EFFECT_ATOL = 1e-4
 Tensors = dict[str, Tensor]
 
 
-def tiny(kind: str, width: int) -> Any:
+def tiny(kind: str, width: int, vocabulary: int) -> Any:
     torch.manual_seed(0)
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=width, n_layer=1, n_head=4, n_positions=64))
+        return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=1, n_head=4, n_positions=64))
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+        LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, max_position_embeddings=64, **sizes)
     )
 
 
@@ -70,10 +68,11 @@ def quantize(
     storage: torch.dtype = torch.uint8,
     architecture: str = "llama",
     width: int = 64,
+    vocabulary: int = VOCABULARY,
     shard_size: str = "50GB",
 ) -> Path:
     """A tiny checkpoint that transformers quantized and saved."""
-    tiny(architecture, width).save_pretrained(folder / "float")
+    tiny(architecture, width, vocabulary).save_pretrained(folder / "float")
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
@@ -453,6 +452,32 @@ def test_half_precision_says_so_of_its_cache(base: Path, tmp_path: Path, cache: 
     ports = {port["name"]: port["dtype"] for port in manifest["graphs"][0]["inputs"]}
     assert ports["past_key_values.0.key"] == "float16"
     assert manifest["rounding"] == "fp16"
+
+
+def test_a_generator_s_graph_keeps_the_bits_too(tmp_path: Path, cache: Path) -> None:
+    """Built, not traced; run by ONNX Runtime and by its generator."""
+    pytest.importorskip("onnxruntime_genai")
+    base = quantize(tmp_path, vocabulary=259)
+    write_tokenizer(base)
+    adapter, out = put_adapter(base, tmp_path / "adapter"), tmp_path / "out"
+    outcome = export(adapter, base, out, "--runtime", "genai", "--json")
+    assert outcome.code == 0, outcome.stdout + outcome.stderr
+    assert {each["runtime"] for each in outcome.json["validation"]["decodings"]} == {
+        *("ONNX Runtime", "ONNX Runtime GenAI")
+    }
+    kinds = [node.op_type for node in open_graph(out / "model.onnx").graph]
+    assert kinds.count("MatMulBnb4") == 14
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Every byte a token."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
 
 
 def test_keeping_bits_and_folding_exclude_each_other(base: Path, tmp_path: Path, cache: Path) -> None:

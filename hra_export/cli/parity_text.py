@@ -14,7 +14,7 @@ PROMPT_WIDTH = 40
 
 def report_text(report: "ParityReport") -> str:
     """Tables, remarks and the verdict in the last line."""
-    parts = [*_tables(report), *report.notes, *_decodings(report), *_perplexity(report)]
+    parts = [*_tables(report), *report.notes, *_rounding(report), *_decodings(report), *_perplexity(report)]
     first = report.first_departure
     if first is not None:
         parts.append(f"the first layer that departs is {first.name}: off by {first.relative:.1e} of its output")
@@ -66,6 +66,21 @@ def _row(output: "OutputParity", *, has_base: bool) -> list[str]:
         base[1] = "" if output.base_kl is None else f"{output.base_kl:.1e}"
         row += [f"{output.effect_share:.1%}", *base]
     return row
+
+
+def _rounding(report: "ParityReport") -> Iterator[str]:
+    """What rounding cost, and how far the graph itself is off."""
+    if report.cost is not None:
+        base = report.cost.base_effect
+        alone = "" if base is None else f", {_cost(base, report.cost.base_kl)} without the adapter"
+        yield f"rounding the weights costs {_cost(report.cost.effect, report.cost.kl)}{alone}"
+    if report.exact:
+        worst = max(output.effect_error for output in report.exact)
+        yield f"with activations that are not rounded, the adapter's effect is off by at most {worst:.1e}"
+
+
+def _cost(effect: float, kl: float | None) -> str:
+    return f"{effect:.0%} of the adapter's effect" + ("" if kl is None else f" (KL {kl:.1e} nats)")
 
 
 def _decodings(report: "ParityReport") -> Iterator[str]:

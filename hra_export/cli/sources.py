@@ -116,7 +116,7 @@ def _dequantize(path: Path, converter_name: str, console: Console) -> Path:
         console.say(f"dequantizing `{path.name}` to float32, once, into `{target}`")
         target.parent.mkdir(parents=True, exist_ok=True)
         converter.convert(path, target)
-    console.say(f"base: `{path.name}`, dequantized; what is merged are its dequantized weights")
+    console.say(f"base: `{path.name}`, dequantized: results refer to its dequantized weights")
     return target
 
 

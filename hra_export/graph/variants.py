@@ -94,7 +94,7 @@ def tap_(model: ir.Model, paths: Collection[str]) -> list[Tap]:
     """
     taps: dict[str, Tap] = {}
     for node in list(model.graph):
-        path = _path(node)
+        path = path_of(node)
         if node.op_type not in LAYERS or path not in paths or path in taps or _is_of_reflection(node):
             continue
         value = _whole(node, path)
@@ -105,7 +105,8 @@ def tap_(model: ir.Model, paths: Collection[str]) -> list[Tap]:
     return list(taps.values())
 
 
-def _path(node: ir.Node) -> str:
+def path_of(node: ir.Node) -> str:
+    """The module path of a layer's node, as torch's tracer or the GenAI builder tells it; empty where neither does."""
     found = BUILDER_NAME.fullmatch(node.name or "")
     if found is None:
         return module_path(node)

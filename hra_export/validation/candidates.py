@@ -1,7 +1,7 @@
 """What a candidate is: a merged directory, or ONNX graphs from here, from ONNX Runtime GenAI or from elsewhere."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from hra_export.graph.signature import Signature, read_signature
 from hra_export.tensorfile import strict_json
 
 GENAI_CONFIG = "genai_config.json"
+ADAPTER_SUFFIX = ".onnx_adapter"
+CACHE_IN = "past_key_values."
 # File names of others → what the graph is; the first that is there wins.
 KNOWN_NAMES = {
     "model": ("model.onnx", "decoder_model_merged.onnx"),
@@ -63,9 +65,18 @@ class GraphCandidate:
         return str(promised or self.main.signature.precision)
 
     @property
-    def adapter_files(self) -> tuple[Path, ...]:
-        """The adapters that can be swapped in, by name."""
-        return tuple(sorted((self.root / "adapters").glob("*.onnx_adapter")))
+    def adapter_files(self) -> dict[str, dict[str, Path]]:
+        """The adapters that can be swapped in: name → role of a graph → its file.
+
+        The file for `encoder_model.onnx` is `NAME.encoder_model.onnx_adapter`, for `model.onnx` `NAME.onnx_adapter`.
+        """
+        found: dict[str, dict[str, Path]] = {}
+        endings = {f".{graph.path.stem}": role for role, graph in self.graphs.items()}
+        for file in sorted((self.root / "adapters").glob(f"*{ADAPTER_SUFFIX}")):
+            name = file.name.removesuffix(ADAPTER_SUFFIX)
+            ending = next((ending for ending in endings if name.endswith(ending)), "")
+            found.setdefault(name.removesuffix(ending), {})[endings.get(ending, self.main_role)] = file
+        return found
 
 
 def is_graph_candidate(path: Path) -> bool:
@@ -85,7 +96,8 @@ def open_candidate(path: Path) -> GraphCandidate:
     manifest = _parsed(root / MANIFEST_NAME) if path.is_dir() else {}
     genai = _parsed(root / GENAI_CONFIG) if path.is_dir() and (root / GENAI_CONFIG).is_file() else None
     files = {"model": path} if path.is_file() else _files(root, manifest, genai)
-    graphs = {role: GraphFile(file, read_signature(open_graph(file))) for role, file in files.items()}
+    width = None if genai is None else genai["model"]["decoder"].get("head_size")
+    graphs = {role: GraphFile(file, _sized(read_signature(open_graph(file)), width)) for role, file in files.items()}
     return GraphCandidate(root, graphs, manifest, genai)
 
 
@@ -113,6 +125,15 @@ def _files(root: Path, manifest: Mapping[str, Any], genai: Mapping[str, Any] | N
         findings=[f"{name}: its part in the model cannot be told from its name" for name in there],
         hint="pass the .onnx file itself with `--candidate`",
     )
+
+
+def _sized(signature: Signature, width: object) -> Signature:
+    """With the last axis of an empty cache, which GenAI's builder leaves open for caches that are compressed."""
+    inputs = dict(signature.inputs)
+    for name, value in inputs.items():
+        if name.startswith(CACHE_IN) and len(value.axes) == 4 and value.axes[3] is None and isinstance(width, int):
+            inputs[name] = replace(value, axes=(*value.axes[:3], width))
+    return replace(signature, inputs=inputs)
 
 
 def _role(name: str) -> str:

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hra_export.adapter import HraAdapter
 from hra_export.graph.swap_sites import ADAPTER_INDEX, U_SUFFIX
-from hra_export.validation.candidates import GraphCandidate
+from hra_export.validation.candidates import ADAPTER_SUFFIX, GraphCandidate
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class Case:
 
     Attributes:
         adapters: of the reference, in the order they compose.
-        file: to switch on in the candidate; None for what is built in.
+        files: to switch on in the candidate, by the role of the graph; empty for what is built in.
         name: of the case; empty when there is only one.
     """
 
     adapters: Sequence[HraAdapter]
-    file: Path | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
     name: str = ""
 
     @property
@@ -36,8 +36,9 @@ class Case:
 
 
 def is_swappable(candidate: GraphCandidate) -> bool:
-    """Whether the graph takes its adapter as an input."""
-    return any(name.endswith(U_SUFFIX) for name in candidate.main.signature.defaults)
+    """Whether a graph takes its adapter as an input."""
+    defaults = (name for graph in candidate.graphs.values() for name in graph.signature.defaults)
+    return any(name.endswith(U_SUFFIX) for name in defaults)
 
 
 def names_rows(candidate: GraphCandidate) -> bool:
@@ -56,17 +57,17 @@ def cases_of(candidate: GraphCandidate, adapters: Sequence[HraAdapter]) -> tuple
     cases: list[Case] = []
     notes: list[str] = []
     used: set[str] = set()
-    for file in candidate.adapter_files:
-        digests = _digests(file)
+    for name, files in candidate.adapter_files.items():
+        digests = list(dict.fromkeys(digest for file in files.values() for digest in _digests(file)))
         unknown = [digest for digest in digests if digest not in by_digest]
         if unknown:
-            notes.append(f"`{file.name}` was not judged: its adapter is not among those that were given")
+            notes.append(f"`{name}{ADAPTER_SUFFIX}` was not judged: its adapter is not among those that were given")
             continue
         chosen = [by_digest[digest] for digest in digests] if digests else list(adapters)
         used.update(digests or by_digest)
-        cases.append(Case(chosen, file, file.stem))
+        cases.append(Case(chosen, files, name))
     if len(cases) == 1:
-        cases = [Case(cases[0].adapters, cases[0].file)]
+        cases = [Case(cases[0].adapters, cases[0].files)]
     findings = [
         f"`{adapter.label}`: the candidate has no file of this adapter"
         for digest, adapter in by_digest.items()

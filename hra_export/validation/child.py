@@ -55,7 +55,9 @@ def main(directory: str) -> int:
 
 def _run_all(root: Path, job: Mapping[str, Any]) -> list[dict[str, Any]]:
     (root / PROGRESS).write_text("loading the graph")
-    sessions = {role: _open(Path(path), job["provider"], job["adapter"]) for role, path in job["graphs"].items()}
+    sessions = {
+        role: _open(Path(path), job["provider"], job["adapters"].get(role)) for role, path in job["graphs"].items()
+    }
     answers = []
     for index, run in enumerate(job["runs"]):
         (root / PROGRESS).write_text(run["name"])
@@ -79,9 +81,10 @@ def _generate_all(root: Path, job: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     (root / PROGRESS).write_text("loading the directory into ONNX Runtime GenAI")
     model = GenaiModel.open(Path(job["genai"]), provider=job["provider"])
-    chosen = None if job["adapter"] is None else ADAPTER
+    file = job["adapters"].get("model")
+    chosen = None if file is None else ADAPTER
     if chosen is not None:
-        model.load_adapter(chosen, Path(job["adapter"]))
+        model.load_adapter(chosen, Path(file))
     answers: list[dict[str, Any]] = []
     for each in job["generations"]:
         (root / PROGRESS).write_text(each["name"])

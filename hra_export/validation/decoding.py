@@ -119,17 +119,21 @@ def scored_windows(candidate: GraphCandidate, windows: Sequence[Sequence[int]]) 
     return [scored_run(candidate, f"text, piece {number}", ids) for number, ids in enumerate(windows, start=1)]
 
 
+def likelihoods(reference: Reference, windows: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Sums of negative log-likelihoods of all pieces: of the base, and with the adapter."""
+    adapted = sum(reference.negative_log_likelihood(window) for window in windows)
+    with reference.without_adapter():
+        return sum(reference.negative_log_likelihood(window) for window in windows), adapted
+
+
 def perplexity(
-    reference: Reference, windows: Sequence[Sequence[int]], runs: Sequence[Run], answers: Mapping[str, Answer]
+    sums: tuple[float, float], windows: Sequence[Sequence[int]], runs: Sequence[Run], answers: Mapping[str, Answer]
 ) -> Perplexity:
     """Of the base, the reference and the candidate on the same pieces; NaN where the candidate failed."""
     tokens = sum(len(window) - 1 for window in windows)
-    adapted = sum(reference.negative_log_likelihood(window) for window in windows)
-    with reference.without_adapter():
-        plain = sum(reference.negative_log_likelihood(window) for window in windows)
     scored = [answers[run.name] for run in runs]
     total = math.nan if any(answer.error for answer in scored) else sum(answer.nll for answer in scored)
-    return Perplexity(tokens, *(math.exp(nll / tokens) for nll in (plain, adapted, total)))
+    return Perplexity(tokens, *(math.exp(nll / tokens) for nll in (*sums, total)))
 
 
 def _decoding(said: Spoken, tokens: list[int], tokenizer: Tokenizer | None, runtime: str) -> Decoding:

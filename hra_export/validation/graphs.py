@@ -17,7 +17,7 @@ from hra_export.checkpoint import Checkpoint, open_checkpoint
 from hra_export.errors import GraphError
 from hra_export.parity import ParityReport
 from hra_export.tensorfile import strict_json
-from hra_export.tolerance import GRAPH_TOLERANCES
+from hra_export.tolerance import GRAPH_TOLERANCES, UNREAD_TOLERANCES
 from hra_export.validation.candidates import GraphCandidate, open_candidate
 from hra_export.validation.cases import cases_of
 from hra_export.validation.question import Question
@@ -100,7 +100,9 @@ def _verdict(
     notes: Sequence[str],
 ) -> ParityReport:
     """All trials of a candidate as one report."""
-    tolerance = GRAPH_TOLERANCES[candidate.precision]
+    is_read = all(trial.rounding is not None for trial in trials)
+    rows = GRAPH_TOLERANCES if is_read or candidate.precision not in UNREAD_TOLERANCES else UNREAD_TOLERANCES
+    tolerance = rows[candidate.precision]
     outputs = [output for trial in trials for output in trial.outputs]
     return ParityReport(
         dtype=candidate.precision,
@@ -116,4 +118,6 @@ def _verdict(
         decodings=tuple(each for trial in trials for each in trial.decodings),
         perplexity=next((trial.perplexity for trial in trials if trial.perplexity is not None), None),
         provider=question.provider,
+        exact=tuple(output for trial in trials for output in trial.exact),
+        cost=next((trial.cost for trial in trials if trial.cost is not None), None),
     )

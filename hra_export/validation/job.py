@@ -102,7 +102,7 @@ class Job:
         graphs: role → file.
         provider: `cpu`, `cuda` or `tensorrt`.
         runs: in order.
-        adapter: an `.onnx_adapter` file to switch on, or None.
+        adapters: role → the `.onnx_adapter` file to switch on in that graph; for ONNX Runtime GenAI, `model`.
         genai: a directory of ONNX Runtime GenAI, or None.
         generations: what its generator is asked for, after the runs.
     """
@@ -110,7 +110,7 @@ class Job:
     graphs: Mapping[str, Path]
     provider: str
     runs: Sequence[Run] = ()
-    adapter: Path | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
     genai: Path | None = None
     generations: Sequence[Generation] = ()
 

@@ -33,7 +33,7 @@ def compare_layers(
     probes: Sequence[GraphProbe],
     *,
     provider: str,
-    adapter: Path | None,
+    adapters: Mapping[str, Path],
     timeout: float,
 ) -> tuple[list[OutputParity], list[str]]:
     """Measure every layer that can be found on both sides.
@@ -43,7 +43,7 @@ def compare_layers(
         candidate: whose main graph is looked into; a copy of it gets the further outputs.
         probes: the largest of them without padding is used.
         provider: to run on.
-        adapter: to switch on in a swappable graph.
+        adapters: to switch on in swappable graphs, by role.
         timeout: seconds for the child.
 
     Returns:
@@ -58,7 +58,7 @@ def compare_layers(
             return [], ["the graph does not say which of its nodes belong to which layer"]
         graphs = {role: graph.path for role, graph in candidate.graphs.items()} | {candidate.main_role: path}
         run = runs_of(candidate, probe, further=[tap.output for tap in taps])[0]
-        ending = run_job(Job(graphs, provider, [run], adapter), timeout=timeout)
+        ending = run_job(Job(graphs, provider, [run], adapters), timeout=timeout)
     if ending.failure is not None or ending.answers[run.name].error is not None:
         return [], [f"layers could not be compared: {ending.failure or ending.answers[run.name].error}"]
     found = ending.answers[run.name].outputs[-1]

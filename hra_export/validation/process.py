@@ -95,8 +95,8 @@ def run_child(root: Path, timeout: float) -> int:
 def _write(root: Path, job: Job) -> None:
     data = asdict(job)
     data["graphs"] = {role: str(path.absolute()) for role, path in job.graphs.items()}
-    for name in ("adapter", "genai"):
-        data[name] = None if data[name] is None else str(data[name].absolute())
+    data["adapters"] = {role: str(path.absolute()) for role, path in job.adapters.items()}
+    data["genai"] = None if job.genai is None else str(job.genai.absolute())
     for i, run in enumerate(data["runs"]):
         for j, step in enumerate(run["steps"]):
             name = f"feeds{i}_{j}.npz"

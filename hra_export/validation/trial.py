@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hra_export import parity
+from hra_export.graph.codes import keep_activations_
 from hra_export.graph.variants import make_variant, silence_, widen
-from hra_export.parity import Decoding, OutputParity, Perplexity
+from hra_export.parity import Decoding, OutputParity, Perplexity, RoundingCost
+from hra_export.tolerance import GRAPH_TOLERANCES
 from hra_export.validation import decoding
 from hra_export.validation.candidates import GraphCandidate
 from hra_export.validation.cases import Case, is_swappable, names_rows
@@ -23,9 +26,14 @@ from hra_export.validation.layers import compare_layers
 from hra_export.validation.process import Answer, Ending, run_job
 from hra_export.validation.question import Question
 from hra_export.validation.reference import Reference
+from hra_export.validation.rounding import (
+    QUANTIZED,
+    Rounding,
+    moved_base,
+    round_reference_,
+    rounding_cost,
+)
 from hra_export.validation.text import PROMPTS, Tokenizer
-
-QUANTIZED = ("int8", "int4")
 
 Say = Callable[[str], None]
 Sides = dict[str, dict[str, Tensor]]
@@ -42,7 +50,10 @@ class Trial:
     config: Mapping[str, Any]
     tokenizer: Tokenizer | None
     outputs: list[OutputParity] = field(default_factory=list)
+    exact: list[OutputParity] = field(default_factory=list)
     layers: list[OutputParity] = field(default_factory=list)
+    rounding: Rounding | None = None
+    cost: RoundingCost | None = None
     decodings: list[Decoding] = field(default_factory=list)
     perplexity: Perplexity | None = None
     findings: list[str] = field(default_factory=list)
@@ -55,15 +66,16 @@ class Trial:
 
     def _run(self, graphs: Mapping[str, Path], tell: Say) -> None:
         probes = self._probes()
-        adapted = {probe.name: self.reference.run(probe.inputs) for probe in probes}
+        adapted, base = self._sides(probes)
         unused = self.reference.attachment.unused()
         self.findings += [f"{path}: this target never ran, its chain has no effect" for path in unused]
-        with self.reference.without_adapter():
-            base = {probe.name: self.reference.run(probe.inputs) for probe in probes}
+        windows, scored_runs = self._windows()
+        sums = decoding.likelihoods(self.reference, windows) if windows else (0.0, 0.0)
+        if self.candidate.precision in QUANTIZED:
+            adapted, base = self._round(probes, adapted, base, tell)
         runs = {probe.name: runs_of(self.candidate, probe) for probe in probes}
         self._mixed(probes, runs, adapted, base)
         said, spoken_runs = self._spoken()
-        windows, scored_runs = self._windows()
         tell(f"candidate: {sum(map(len, runs.values()))} inputs on `{self.question.provider}`")
         ending = self._answers(graphs, [*(run for each in runs.values() for run in each), *spoken_runs, *scored_runs])
         if ending is None:
@@ -72,15 +84,64 @@ class Trial:
         start = self._start(graphs, alike, tell)
         for probe in probes:
             for run in runs[probe.name]:
-                self._take(probe, run, ending.answers[run.name], start.get(run.name), adapted, base)
+                self.outputs += self._taken(probe, run, ending.answers[run.name], start.get(run.name), adapted, base)
+        if self.rounding is not None:
+            self._take_exact(graphs, probes, runs, adapted, base, tell)
         self._take_decodings(ending, said, "ONNX Runtime")
         if scored_runs:
-            self.perplexity = decoding.perplexity(self.reference, windows, scored_runs, ending.answers)
+            self.perplexity = decoding.perplexity(sums, windows, scored_runs, ending.answers)
         if self.candidate.genai is not None:
             self._take_generations(said, tell)
         if self.question.per_layer:
             tell("candidate: layer by layer")
             self._take_layers(probes)
+
+    def _sides(self, probes: Sequence[GraphProbe]) -> tuple[Sides, Sides]:
+        """What the reference gives with the adapter, and without."""
+        adapted = {probe.name: self.reference.run(probe.inputs) for probe in probes}
+        with self.reference.without_adapter():
+            return adapted, {probe.name: self.reference.run(probe.inputs) for probe in probes}
+
+    def _round(self, probes: Sequence[GraphProbe], exact: Sides, base: Sides, tell: Say) -> tuple[Sides, Sides]:
+        """Check the candidate's matrices, put them into the reference, and run it again."""
+        tell(f"reference: the candidate's own weights{self.case.suffix}")
+        found = round_reference_(self.reference, self.candidate, self.case.adapters)
+        if isinstance(found, str):
+            self.notes.append(f"{found}: judged against the float model, which shows no small fault")
+            return exact, base
+        self.rounding = found
+        self.findings += [self.case.label(finding) for finding in found.findings]
+        if found.is_live:
+            rounded, plain = self._sides(probes)
+            self.cost = rounding_cost(exact, rounded, base, plain)
+            return rounded, plain
+        rounded = {probe.name: self.reference.run(probe.inputs) for probe in probes}
+        self.cost = rounding_cost(exact, rounded, base, None)
+        return rounded, moved_base(rounded, exact, base)
+
+    def _take_exact(
+        self,
+        graphs: Mapping[str, Path],
+        probes: Sequence[GraphProbe],
+        runs: Mapping[str, Sequence[Run]],
+        adapted: Sides,
+        base: Sides,
+        tell: Say,
+    ) -> None:
+        """The graph with its activations not rounded, which then differs by the order of sums alone."""
+        assert self.rounding is not None
+        changed: list[bool] = []
+        with _variants(graphs, lambda model: changed.append(keep_activations_(model))) as exact:
+            if any(changed):
+                tell("candidate: with activations not rounded")
+                ending = self._answers(exact, [run for each in runs.values() for run in each])
+                answers = {} if ending is None else ending.answers
+                for probe in probes:
+                    for run in runs[probe.name] if answers else ():
+                        self.exact += self._taken(probe, run, answers[run.name], None, adapted, base)
+        tolerance = GRAPH_TOLERANCES[self.rounding.precision]
+        what = "activations not rounded, " if any(changed) else ""
+        self.findings += [what + each for each in parity.departed(self.exact or self.outputs, tolerance)]
 
     def _mixed(self, probes: list[GraphProbe], runs: dict[str, list[Run]], adapted: Sides, base: Sides) -> None:
         """Add one probe whose rows have the adapter in turn, where rows name their adapters."""
@@ -123,7 +184,7 @@ class Trial:
 
     def _answers(self, graphs: Mapping[str, Path], runs: Sequence[Run], *, plain: bool = False) -> Ending | None:
         """What the runtime answers; None when it ended without, which is a finding."""
-        job = Job(graphs, self.question.provider, runs, None if plain else self.case.file)
+        job = Job(graphs, self.question.provider, runs, {} if plain else self.case.files)
         ending = run_job(job, timeout=self.question.timeout)
         if ending.failure is not None:
             self.findings.append(self.case.label(ending.failure))
@@ -137,25 +198,20 @@ class Trial:
             if self.candidate.manifest.get("default") != "adapter":
                 tell("candidate: without an adapter")
                 ending = self._answers(graphs, runs, plain=True)
-        elif self.candidate.precision in QUANTIZED:
+        elif self.candidate.precision in QUANTIZED and self.rounding is None:
             ending = self._silenced(graphs, runs, tell)
         return {} if ending is None else ending.answers
 
     def _silenced(self, graphs: Mapping[str, Path], runs: Sequence[Run], tell: Say) -> Ending | None:
         silenced: list[bool] = []
-        with tempfile.TemporaryDirectory(prefix="hra-export-base-") as folder:
-            variants = {}
-            for role, path in graphs.items():
-                place = Path(folder, role)
-                place.mkdir()
-                variants[role] = make_variant(path, place, lambda model: silenced.append(silence_(model)))
+        with _variants(graphs, lambda model: silenced.append(silence_(model))) as variants:
             if not any(silenced):
                 self.notes.append("the adapter is part of the weights: the error of the base is not told apart")
                 return None
             tell("candidate: without its adapter")
             return self._answers(variants, runs)
 
-    def _take(
+    def _taken(
         self,
         probe: GraphProbe,
         run: Run,
@@ -163,19 +219,17 @@ class Trial:
         start: Answer | None,
         adapted: Mapping[str, Mapping[str, Tensor]],
         base: Mapping[str, Mapping[str, Tensor]],
-    ) -> None:
+    ) -> list[OutputParity]:
         label = self.case.label(run.name)
         if answer.error is not None:
             self.findings.append(f"{label}: the runtime failed: {answer.error}")
-            return
+            return []
         has_encoder = "encoder" in self.candidate.graphs
         outputs = outputs_by_name(answer.outputs, has_encoder=has_encoder)
         own = outputs_by_name(start.outputs, has_encoder=has_encoder) if start is not None and start.outputs else None
-        for each in compared(label, probe, adapted[probe.name], base[probe.name], outputs, own):
-            if isinstance(each, OutputParity):
-                self.outputs.append(each)
-            else:
-                self.findings.append(each)
+        found = list(compared(label, probe, adapted[probe.name], base[probe.name], outputs, own))
+        self.findings += [each for each in found if isinstance(each, str)]
+        return [each for each in found if isinstance(each, OutputParity)]
 
     def _take_decodings(self, ending: Ending, said: Sequence[decoding.Spoken], runtime: str) -> None:
         for each in said:
@@ -193,7 +247,7 @@ class Trial:
         job = Job(
             {},
             self.question.provider,
-            adapter=self.case.file,
+            adapters=self.case.files,
             genai=self.candidate.root,
             generations=decoding.generations(asked),
         )
@@ -209,7 +263,7 @@ class Trial:
             self.candidate,
             probes,
             provider=self.question.provider,
-            adapter=self.case.file,
+            adapters=self.case.files,
             timeout=self.question.timeout,
         )
         self.notes += notes
@@ -232,3 +286,15 @@ def _runnable(candidate: GraphCandidate, provider: str, notes: list[str]) -> Ite
         for role in graphs:
             Path(folder, role).mkdir()
         yield {role: widen(path, Path(folder, role)) for role, path in graphs.items()}
+
+
+@contextmanager
+def _variants(graphs: Mapping[str, Path], change: Callable[[Any], None]) -> Iterator[Mapping[str, Path]]:
+    """Changed copies of graphs, by role, for as long as they are needed."""
+    with tempfile.TemporaryDirectory(prefix="hra-export-variant-") as folder:
+        variants = {}
+        for role, path in graphs.items():
+            place = Path(folder, role)
+            place.mkdir()
+            variants[role] = make_variant(path, place, change)
+        yield variants
