@@ -86,7 +86,7 @@ def read_matrices(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Codebook
         if found:
             try:
                 yield name, _matrix(tensors, name, tensors[key], kind)
-            except (AttributeError, KeyError, ValueError, TypeError, IndexError) as error:
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise FormatError(f"`{name}` is no 4-bit matrix of bitsandbytes: {error!r}") from error
 
 
@@ -98,8 +98,8 @@ def _matrix(tensors: Mapping[str, Tensor], name: str, state: Tensor, kind: str) 
     block_size = int(settings["blocksize"])
     absmax = tensors[f"{name}.absmax"]
     if "nested_offset" in settings:
-        size = int(settings["nested_blocksize"])
-        outer = tensors[f"{name}.nested_absmax"].float().repeat_interleave(size)[: absmax.numel()]
+        index = torch.arange(absmax.numel()) // int(settings["nested_blocksize"])
+        outer = tensors[f"{name}.nested_absmax"].float()[index]
         inner = tensors[f"{name}.nested_quant_map"].float()[absmax.long()]
         absmax = inner * outer + settings["nested_offset"]
     packed = tensors[name].reshape(-1).numpy()

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,38 @@ class Console:
                 return not hidden
 
             yield move
+
+    @contextmanager
+    def stages(self) -> Iterator[Callable[[str], None]]:
+        """A line on stderr for each stage of long work; on a terminal a clock runs behind the last one.
+
+        Yields:
+            Begins a stage.
+        """
+        if self.quiet or not sys.stderr.isatty():
+            yield self.say
+            return
+        from tqdm import tqdm
+
+        ended = threading.Event()
+        with tqdm(bar_format="{desc} {elapsed}", file=sys.stderr, leave=False) as clock:
+
+            def tick() -> None:
+                while not ended.wait(1.0):
+                    clock.refresh()
+
+            def begin(text: str) -> None:
+                clock.write(printable(text), file=sys.stderr)
+                clock.set_description_str("  …", refresh=False)
+                clock.reset()
+
+            ticking = threading.Thread(target=tick, daemon=True)
+            ticking.start()
+            try:
+                yield begin
+            finally:
+                ended.set()
+                ticking.join()
 
     def say_masked(self, parts: Sequence[tuple[str, bool]]) -> None:
         """A text on stderr of which some parts do not count: these are dimmed, and in double brackets."""

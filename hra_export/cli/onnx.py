@@ -101,7 +101,10 @@ def command(
         return 0
     for note in plan.notes:
         console.say(f"note: {note}")
-    report = export_graphs(plan, output, overwrite=overwrite, say=console.say)
+    with console.stages() as begin:
+        report = export_graphs(plan, output, overwrite=overwrite, say=begin)
+    for note in report.notes[len(plan.notes) :]:
+        console.say(f"note: {note}")
     seconds = time.perf_counter() - started
     data = {"verb": "onnx", **_plan_data(plan, output), **_report_data(report), "seconds": seconds}
     if not validate or plan.source.root.suffix == ".onnx":
@@ -113,7 +116,8 @@ def command(
         return 0
     from hra_export.validation.graphs import validate_graph
 
-    parity = validate_graph(read, plan.source.root, output, provider=wishes["provider"], say=console.say)
+    with console.stages() as begin:
+        parity = validate_graph(read, plan.source.root, output, provider=wishes["provider"], say=begin)
     text = f"{_report_text(report, seconds)}\n\n{report_text(parity)}"
     console.result(text, {**data, "validation": parity.to_json()})
     return 0 if parity.ok else PARITY_FAILED

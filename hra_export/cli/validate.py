@@ -94,7 +94,8 @@ def _validate(
 
         chosen = {"per_layer": asked["per_layer"], "text": asked["text"], "prompts": list(asked["prompts"]) or None}
         timeout = asked["timeout"] or TIMEOUT
-        return validate_graph(adapters, base, candidate, provider=provider, timeout=timeout, say=console.say, **chosen)
+        with console.stages() as begin:
+            return validate_graph(adapters, base, candidate, provider=provider, timeout=timeout, say=begin, **chosen)
     _refuse(asked | ({"provider": provider} if provider != "cpu" else {}), (*OF_GRAPHS, "provider"), "for graphs")
     from hra_export.validation.merged import validate_merged
 

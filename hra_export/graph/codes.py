@@ -45,20 +45,22 @@ class CodedSite:
         return _tensor(self.node, 2).dtype
 
     @property
-    def rows(self) -> int:
-        """o, or the vocabulary of a lookup."""
+    def shape(self) -> tuple[int, int]:
+        """(o, d), or (vocabulary, d) of a lookup."""
+        attributes = self.node.attributes
         if self.node.op_type == BLOCKS:
-            return self.node.attributes["N"].as_int()
-        return int(_tensor(self.node, 0).shape.numpy()[0])
+            return attributes["N"].as_int(), attributes["K"].as_int()
+        rows, width = _tensor(self.node, 0).shape.numpy()
+        return rows, width * 8 // attributes.get_int("bits", 4)
 
     def matrix(self) -> QuantizedMatrix:
-        """The matrix (o, d), or (vocabulary, d) of a lookup.
+        """Codes, scales and zero points; they lie in the graph's file until they are used.
 
         Raises:
             GraphError: it is stored in a way that is not known here.
         """
         try:
-            return _product(self.node) if self.node.op_type == BLOCKS else _rows(self.node)
+            return _matrix(self.node, _array(self.node, int(self.node.op_type == BLOCKS)), self.shape)
         except ValueError as error:
             raise GraphError(f"`{self.node.name}`: {error}") from error
 
@@ -128,17 +130,8 @@ def _is_bytes(value: ir.Value) -> bool:
     return value.const_value is not None and value.const_value.dtype == ir.DataType.UINT8
 
 
-def _product(node: ir.Node) -> QuantizedMatrix:
-    rows, columns = (node.attributes[name].as_int() for name in ("N", "K"))
-    return _matrix(node, _array(node, 1), rows, columns)
-
-
-def _rows(node: ir.Node) -> QuantizedMatrix:
-    codes = _array(node, 0)
-    return _matrix(node, codes, len(codes), codes.shape[1] * 8 // node.attributes.get_int("bits", 4))
-
-
-def _matrix(node: ir.Node, codes: Array, rows: int, columns: int) -> QuantizedMatrix:
+def _matrix(node: ir.Node, codes: Array, shape: tuple[int, int]) -> QuantizedMatrix:
+    rows, columns = shape
     bits, size = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 128)
     blocks = -(-columns // size)
     zeros = _array(node, 3).reshape(rows, -1) if len(node.inputs) > 3 and node.inputs[3] is not None else None

@@ -111,10 +111,10 @@ def _modules(model: nn.Module, site: CodedSite) -> list[str]:
     stem, _, leaf = site.path.rpartition(".")
     packed = [f"{stem}.{member}" for member in FUSED.get(leaf, ())]
     renamed = [[f"{stem}.{own}"] for (_, own), name in NAMES.items() if name == leaf == "o_proj"]
-    rows = site.rows
     for names in ([site.path], packed, *renamed):
-        sizes = [_weight(model, name).shape for name in names if _has_weight(model, name)]
-        if names and len(sizes) == len(names) and sum(size[0] for size in sizes) == rows:
+        shapes = [_weight(model, name).shape for name in names if _has_weight(model, name)]
+        is_whole = names and len(shapes) == len(names) and sum(rows for rows, _ in shapes) == site.shape[0]
+        if is_whole and {columns for _, columns in shapes} == {site.shape[1]}:
             return list(names)
     return []
 
