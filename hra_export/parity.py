@@ -104,6 +104,13 @@ class RoundingCost:
     base_effect: float | None = None
     base_kl: float | None = None
 
+    def __str__(self) -> str:
+        """As a sentence without its stop."""
+        whole = f"rounding the weights costs {_cost(self.effect, self.kl)}"
+        if self.base_effect is None:
+            return whole
+        return f"{whole}; {_cost(self.base_effect, self.base_kl)} without the adapter"
+
 
 @dataclass(frozen=True)
 class ParityReport:
@@ -229,7 +236,17 @@ def judge(
 def departed(outputs: Sequence[OutputParity], tolerance: Tolerance) -> list[str]:
     """What is wrong with measured outputs, all of it; nothing measured is wrong too."""
     found = [] if outputs else ["nothing was compared"]
-    return found + [f"{output.name}: {text}" for output in outputs for text in departures(output, tolerance)]
+    judged = judged_of(outputs, tolerance)
+    return found + [f"{output.name}: {text}" for output in judged for text in departures(output, tolerance)]
+
+
+def judged_of(outputs: Sequence[OutputParity], tolerance: Tolerance) -> list[OutputParity]:
+    """The outputs that a tolerance is for: all, or the better half and whatever is not finite."""
+    if not tolerance.is_typical:
+        return list(outputs)
+    finite = [output for output in outputs if math.isfinite(output.effect_error)]
+    better = sorted(finite, key=lambda output: output.effect_error)[: (len(finite) + 1) // 2]
+    return [output for output in outputs if output in better or output not in finite]
 
 
 def departures(output: OutputParity, tolerance: Tolerance) -> Iterator[str]:
@@ -285,6 +302,10 @@ def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     return [_finite(each) for each in value] if isinstance(value, list) else value
+
+
+def _cost(effect: float, kl: float | None) -> str:
+    return f"{effect:.0%} of the adapter's effect" + ("" if kl is None else f" (KL {kl:.1e} nats)")
 
 
 def _norm(array: Array) -> float:

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from hra_export.adapter import HraAdapter, read_adapter
+from hra_export.checkpoint import MANIFEST_NAME
 from hra_export.graph.products import module_path
+from hra_export.graph.variants import silence_
 from hra_export.quantization import Bits, pack, quantize, unpack
 from hra_export.validation import child, process
+from hra_export.validation.decoding import Spoken, with_end
+from hra_export.validation.process import Answer
 from hra_export.validation.rounding import _compared
 from tests.judged_graphs import constant, export, judge, mutate, prepare, set_constant
 from tests.test_genai import write_tokenizer
@@ -119,23 +123,32 @@ def test_planted_fault_in_folded_weights_is_found(fault: Fault, llama: Path, tmp
 @pytest.mark.usefixtures("no_child")
 def test_base_without_the_adapter_is_no_merged_graph(llama: Path, tmp_path: Path) -> None:
     """The base's own codes where W R should be: every matrix is named, or counted."""
-    bare = mutate(llama / "reflect-int4", tmp_path / "bare", lambda model: adapter_missing(model, None))  # type: ignore[arg-type]  # unused
-    for name in ("hra_export_manifest.json",):
-        (bare / name).write_bytes((llama / "merged-int4" / name).read_bytes())
+    adapter = read_adapter(llama / "adapter")
+    bare = mutate(llama / "reflect-int4", tmp_path / "bare", lambda model: adapter_missing(model, adapter))
+    (bare / MANIFEST_NAME).write_bytes((llama / "merged-int4" / MANIFEST_NAME).read_bytes())
     findings = judge(llama, bare).findings
     assert any("quantized matrices do not hold the weights that they should" in finding for finding in findings)
 
 
 @pytest.mark.usefixtures("no_child")
-def test_graph_that_does_not_tell_its_modules_is_judged_by_the_share_of_the_effect(llama: Path, tmp_path: Path) -> None:
+def test_graph_that_does_not_tell_its_modules_is_judged_beside_its_own_base(llama: Path, tmp_path: Path) -> None:
+    """By the share of the effect that arrives; small faults hide there, and the report says so."""
+
     def forget(model: ir.Model) -> None:
         for node in model.graph:
             node.metadata_props.clear()
+
+    def forget_and_silence(model: ir.Model) -> None:
+        forget(model)
+        assert silence_(model)
 
     report = judge(llama, mutate(llama / "reflect-int4", tmp_path / "nameless", forget))
     assert report.ok, report.findings
     assert report.tolerance.share is not None
     assert any("belong to no parameter" in note for note in report.notes)
+    assert min(output.base_error or 0.0 for output in report.outputs) > 1e-3  # it is rounded, and said to be
+    wrong = mutate(llama / "reflect-int4", tmp_path / "silent", forget_and_silence)
+    assert "0% of the adapter's effect arrived" in "\n".join(judge(llama, wrong).findings)
 
 
 @pytest.mark.usefixtures("no_child")
@@ -153,6 +166,22 @@ def test_graph_of_others_may_round_by_its_own_rules_but_not_hold_another_matrix(
     )
 
 
+@pytest.mark.usefixtures("no_child")
+def test_matrices_of_products_in_integers_are_checked_too(tmp_path: Path) -> None:
+    folder = prepare("bert", tmp_path)
+    right = export(folder, "int8", mode="reflect", precision="int8")
+
+    def scale(model: ir.Model) -> None:
+        value = next(value for name, value in model.graph.initializers.items() if name.endswith("_scales"))
+        set_constant(value, constant(value) * np.float32(1.02))
+
+    report = judge(folder, right)
+    assert report.ok, report.findings
+    assert report.tolerance.share is None
+    wrong = mutate(right, tmp_path / "wrong", scale)
+    assert "attention.self.query: its codes are off from the weight" in "\n".join(judge(folder, wrong).findings)
+
+
 @pytest.mark.parametrize("mode", ["reflect", "merged"])
 def test_names_of_the_genai_builder_lead_to_parameters(mode: str, tmp_path: Path) -> None:
     """Folded q, k and v are one matrix there."""
@@ -163,6 +192,13 @@ def test_names_of_the_genai_builder_lead_to_parameters(mode: str, tmp_path: Path
     assert report.ok, report.findings
     assert report.cost is not None
     assert max(output.effect_error for output in report.exact) < 1e-5
+
+
+def test_text_that_ends_early_ends_with_the_token_that_genai_leaves_out() -> None:
+    said = Spoken("x", "x", [1], [5, 6, 2], torch.zeros(3, 8))
+    assert list(with_end(Answer(tokens=[5, 6]), said, {2, 3}).tokens) == [5, 6, 2]
+    assert list(with_end(Answer(tokens=[5]), said, {2, 3}).tokens) == [5, 2]  # too early
+    assert list(with_end(Answer(tokens=[5, 6, 7]), said, {2, 3}).tokens) == [5, 6, 7, 2]  # too late
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -30,9 +30,14 @@ def _verdict(report: "ParityReport") -> str:
         shares = [output.effect_share for output in report.outputs]
         allowed = f"allowed {1 - tolerance.share:.0%} to {1 + tolerance.share:.0%}"
         return f"{verdict}: {what}, {min(shares):.0%} to {max(shares):.0%} of the adapter's effect arrived ({allowed})"
-    worst = max(report.outputs, key=lambda output: output.effect_error, default=None)
+    from hra_export.parity import judged_of
+
+    judged = judged_of(report.outputs, tolerance)
+    worst = max(judged, key=lambda output: output.effect_error, default=None)
     allowed_effect = tolerance.effect if worst is None else tolerance.allowed_effect(worst.effect_size)
-    off = f"off by at most {report.effect_error:.2e} (allowed {allowed_effect or 0.0:.2g})"
+    largest = report.effect_error if worst is None else worst.effect_error
+    of_half = " in half of the outputs" if tolerance.is_typical else ""
+    off = f"off by at most {largest:.2e}{of_half} (allowed {allowed_effect or 0.0:.2g})"
     return f"{verdict}: {what}, the adapter's effect is {off}"
 
 
@@ -71,16 +76,10 @@ def _row(output: "OutputParity", *, has_base: bool) -> list[str]:
 def _rounding(report: "ParityReport") -> Iterator[str]:
     """What rounding cost, and how far the graph itself is off."""
     if report.cost is not None:
-        base = report.cost.base_effect
-        alone = "" if base is None else f", {_cost(base, report.cost.base_kl)} without the adapter"
-        yield f"rounding the weights costs {_cost(report.cost.effect, report.cost.kl)}{alone}"
+        yield str(report.cost)
     if report.exact:
         worst = max(output.effect_error for output in report.exact)
         yield f"with activations that are not rounded, the adapter's effect is off by at most {worst:.1e}"
-
-
-def _cost(effect: float, kl: float | None) -> str:
-    return f"{effect:.0%} of the adapter's effect" + ("" if kl is None else f" (KL {kl:.1e} nats)")
 
 
 def _decodings(report: "ParityReport") -> Iterator[str]:

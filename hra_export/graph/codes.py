@@ -20,7 +20,7 @@ from hra_export.graph.signature import FLOATS, INTEGER_PRODUCTS
 from hra_export.graph.variants import LAST_FACTORS, path_of
 from hra_export.quantization import QuantizedMatrix, unpack
 
-BLOCKS, ROWS = "MatMulNBits", "GatherBlockQuantized"
+BLOCKS, ROWS, INTEGERS = "MatMulNBits", "GatherBlockQuantized", "MatMulInteger"
 CODED = frozenset({BLOCKS, ROWS, *INTEGER_PRODUCTS})
 LEVEL = "accuracy_level"
 # What the GenAI builder calls the lookup of embeddings: `/model/embed_tokens/Gather`.
@@ -42,7 +42,12 @@ class CodedSite:
     @property
     def scale_dtype(self) -> ir.DataType:
         """In which scales are stored; each was rounded to it."""
-        return _tensor(self.node, 2).dtype
+        return ir.DataType.FLOAT if self.is_dynamic else _tensor(self.node, 2).dtype
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether it is a product in integers, whose activations are rounded with one scale for all."""
+        return self.node.op_type == INTEGERS
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,6 +55,9 @@ class CodedSite:
         attributes = self.node.attributes
         if self.node.op_type == BLOCKS:
             return attributes["N"].as_int(), attributes["K"].as_int()
+        if self.is_dynamic:
+            columns, rows = _tensor(self.node, 1).shape.numpy()
+            return rows, columns
         rows, width = _tensor(self.node, 0).shape.numpy()
         return rows, width * 8 // attributes.get_int("bits", 4)
 
@@ -60,6 +68,8 @@ class CodedSite:
             GraphError: it is stored in a way that is not known here.
         """
         try:
+            if self.is_dynamic:
+                return _integer_matrix(self.node)
             return _matrix(self.node, _array(self.node, int(self.node.op_type == BLOCKS)), self.shape)
         except ValueError as error:
             raise GraphError(f"`{self.node.name}`: {error}") from error
@@ -78,7 +88,7 @@ def coded_sites(model: ir.Model) -> tuple[list[CodedSite], list[str]]:
 
 
 def keep_activations_(model: ir.Model) -> bool:
-    """Let products compute in the activations' own precision, in place.
+    """Let products compute in the activations' own precision, in place; products in integers stay.
 
     Returns:
         Whether any had rounded them to 8 bits.
@@ -110,6 +120,8 @@ def _path(node: ir.Node) -> str:
 
 
 def _is_readable(node: ir.Node) -> bool:
+    if node.op_type == INTEGERS:
+        return _integer_parts(node) is not None
     if node.op_type not in (BLOCKS, ROWS) or node.attributes.get_int("bits", 4) not in (4, 8):
         return False
     codes = [0, 2, 3] if node.op_type == ROWS else [1, 2, 3, 4]
@@ -145,6 +157,56 @@ def _matrix(node: ir.Node, codes: Array, shape: tuple[int, int]) -> QuantizedMat
         scales=_array(node, 2).reshape(rows, blocks).astype(np.float32),
         zero_points=zeros,
     )
+
+
+@dataclass(frozen=True)
+class _IntegerParts:
+    """Codes (d, o), scales and zero points (o,)."""
+
+    codes: ir.Value
+    scales: ir.Value
+    zeros: ir.Value
+
+
+def _integer_parts(node: ir.Node) -> _IntegerParts | None:
+    """The parts of a product of dynamically rounded activations; None where it is written in another way."""
+    codes, zeros = node.inputs[1], node.inputs[3] if len(node.inputs) > 3 else None
+    rounding = node.inputs[0].producer() if node.inputs[0] is not None else None
+    floats = _only(node, "Cast")
+    scaled = _only(floats, "Mul")
+    if rounding is None or rounding.op_type != "DynamicQuantizeLinear" or floats is None or scaled is None:
+        return None
+    scale = next(value.producer() for value in scaled.inputs if value is not None and value is not floats.outputs[0])
+    constants = [value for value in (scale.inputs if scale is not None else ()) if value and value.const_value]
+    if codes is None or zeros is None or len(constants) != 1 or not _is_bytes(codes):
+        return None
+    columns = codes.shape[1] if codes.shape is not None else None
+    if any(value.const_value is None or value.const_value.size != columns for value in (constants[0], zeros)):
+        return None
+    return _IntegerParts(codes, constants[0], zeros)
+
+
+def _only(node: ir.Node | None, operator: str) -> ir.Node | None:
+    """The one node behind another, if it is of this kind."""
+    users = list(node.outputs[0].consumers()) if node is not None else []
+    return users[0] if len(users) == 1 and users[0].op_type == operator else None
+
+
+def _integer_matrix(node: ir.Node) -> QuantizedMatrix:
+    """One block a row, as long as blocks come."""
+    parts = _integer_parts(node)
+    assert parts is not None
+    codes, scales, zeros = (_numbers(value) for value in (parts.codes, parts.scales, parts.zeros))
+    columns, rows = codes.shape
+    size = max(16, 1 << (columns - 1).bit_length())
+    packed = np.zeros((rows, 1, size), np.uint8)
+    packed[:, 0, :columns] = codes.T
+    return QuantizedMatrix(8, size, columns, packed, scales.astype(np.float32)[:, None], zeros[:, None])
+
+
+def _numbers(value: ir.Value) -> Array:
+    assert value.const_value is not None
+    return value.const_value.numpy()
 
 
 def _tensor(node: ir.Node, position: int) -> ir.TensorProtocol:

@@ -103,6 +103,15 @@ def cut(said: Spoken, ends: set[int]) -> Spoken:
     return replace(said, tokens=said.tokens[:count], logits=said.logits[:count])
 
 
+def with_end(answer: Answer, said: Spoken, ends: set[int]) -> Answer:
+    """An answer of ONNX Runtime GenAI with the token that ended the text, which it leaves out."""
+    count = len(answer.tokens)
+    if answer.error is not None or count >= NEW_TOKENS or not ends:
+        return answer
+    own = said.tokens[count] if count < len(said.tokens) else -1
+    return replace(answer, tokens=[*answer.tokens, own if own in ends else min(ends)])
+
+
 def decoding_findings(found: Sequence[Decoding], outputs: Sequence[OutputParity]) -> list[str]:
     """Prompts that leave the reference at a token that rounding does not explain."""
     moved = max((output.max_abs for output in outputs if output.kl is not None), default=0.0)

@@ -102,7 +102,8 @@ def _verdict(
     """All trials of a candidate as one report."""
     is_read = all(trial.rounding is not None for trial in trials)
     rows = GRAPH_TOLERANCES if is_read or candidate.precision not in UNREAD_TOLERANCES else UNREAD_TOLERANCES
-    tolerance = rows[candidate.precision]
+    is_dynamic = any(trial.rounding is not None and trial.rounding.is_dynamic for trial in trials)
+    tolerance = rows["dynamic int8" if is_read and is_dynamic else candidate.precision]
     outputs = [output for trial in trials for output in trial.outputs]
     return ParityReport(
         dtype=candidate.precision,

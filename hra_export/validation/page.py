@@ -52,6 +52,7 @@ def _verdict(report: ParityReport) -> Iterator[str]:
     where = f", on {report.provider}" if report.provider else ""
     yield f'<p class="verdict {"right" if report.ok else "wrong"}">{word} ({escape(report.dtype)}{where})</p>'
     items = [("wrong", finding) for finding in report.findings] + [("note", note) for note in report.notes]
+    items += [("note", str(report.cost))] if report.cost is not None else []
     if items:
         yield "<ul>" + "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in items) + "</ul>"
     yield f'<p class="why">What is allowed, and why: {escape(report.tolerance.reason)}.</p>'
@@ -102,7 +103,11 @@ def _agreement(report: ParityReport) -> Iterator[str]:
 
 def _figures(report: ParityReport) -> Iterator[str]:
     headings = ["output", "effect off by", "effect", "arrived", "max abs", "relative", "cosine", "KL", "base off by"]
-    for title, measured in (("All figures", report.outputs), ("Layers", report.layers)):
+    for title, measured in (
+        ("All figures", report.outputs),
+        ("With activations that are not rounded", report.exact),
+        ("Layers", report.layers),
+    ):
         if measured:
             yield f"<h2>{title}</h2>{_table(headings, [_row(each) for each in measured])}"
 

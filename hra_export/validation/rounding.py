@@ -49,12 +49,14 @@ class Rounding:
         matrices: how many were read.
         findings: matrices that do not hold what they should.
         precision: of the products' activations.
+        is_dynamic: products are in integers, and activations have one scale for all.
         is_live: the adapter stands beside the weights, so that the reference still runs without it.
     """
 
     matrices: int
     findings: tuple[str, ...]
     precision: str
+    is_dynamic: bool
     is_live: bool
 
 
@@ -90,7 +92,9 @@ def round_reference_(reference: Reference, candidate: GraphCandidate, adapters: 
             findings.append(f"{' + '.join(names)}: its codes are off from the weight by {error:.0%} of its size")
         for name, part in zip(names, torch.split(values, [len(weight) for weight in weights]), strict=True):
             _install_(reference.model, name, part)
-    return Rounding(len(sites), tuple(_shown(findings, len(sites))), precision, is_live)
+    return Rounding(
+        len(sites), tuple(_shown(findings, len(sites))), precision, any(site.is_dynamic for site in sites), is_live
+    )
 
 
 def _sites(candidate: GraphCandidate) -> tuple[list[CodedSite], bool, str]:

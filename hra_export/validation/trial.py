@@ -1,8 +1,6 @@
 """One trial: a candidate with one adapter against its reference, from the inputs to what was measured."""
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from torch import Tensor
 
 from hra_export import parity
 from hra_export.graph.codes import keep_activations_
-from hra_export.graph.variants import make_variant, silence_, widen
+from hra_export.graph.variants import silence_
 from hra_export.parity import Decoding, OutputParity, Perplexity, RoundingCost
-from hra_export.tolerance import GRAPH_TOLERANCES
+from hra_export.tolerance import GRAPH_TOLERANCES, UNROUNDED, unrounded
 from hra_export.validation import decoding
 from hra_export.validation.candidates import GraphCandidate
 from hra_export.validation.cases import Case, is_swappable, names_rows
@@ -33,6 +31,7 @@ from hra_export.validation.rounding import (
     round_reference_,
     rounding_cost,
 )
+from hra_export.validation.stand_ins import runnable, variants_of
 from hra_export.validation.text import PROMPTS, Tokenizer
 
 Say = Callable[[str], None]
@@ -61,7 +60,7 @@ class Trial:
 
     def run(self, tell: Say) -> None:
         """Do it all, and keep what was measured."""
-        with _runnable(self.candidate, self.question.provider, self.notes) as graphs:
+        with runnable(self.candidate, self.question.provider, self.notes) as graphs:
             self._run(graphs, tell)
 
     def _run(self, graphs: Mapping[str, Path], tell: Say) -> None:
@@ -85,7 +84,7 @@ class Trial:
         for probe in probes:
             for run in runs[probe.name]:
                 self.outputs += self._taken(probe, run, ending.answers[run.name], start.get(run.name), adapted, base)
-        if self.rounding is not None:
+        if self.rounding is not None and not self.rounding.is_dynamic:
             self._take_exact(graphs, probes, runs, adapted, base, tell)
         self._take_decodings(ending, said, "ONNX Runtime")
         if scored_runs:
@@ -131,7 +130,7 @@ class Trial:
         """The graph with its activations not rounded, which then differs by the order of sums alone."""
         assert self.rounding is not None
         changed: list[bool] = []
-        with _variants(graphs, lambda model: changed.append(keep_activations_(model))) as exact:
+        with variants_of(graphs, lambda model: changed.append(keep_activations_(model))) as exact:
             if any(changed):
                 tell("candidate: with activations not rounded")
                 ending = self._answers(exact, [run for each in runs.values() for run in each])
@@ -139,9 +138,15 @@ class Trial:
                 for probe in probes:
                     for run in runs[probe.name] if answers else ():
                         self.exact += self._taken(probe, run, answers[run.name], None, adapted, base)
-        tolerance = GRAPH_TOLERANCES[self.rounding.precision]
-        what = "activations not rounded, " if any(changed) else ""
-        self.findings += [what + each for each in parity.departed(self.exact or self.outputs, tolerance)]
+        tolerance = UNROUNDED if self.rounding.precision == "fp32" else GRAPH_TOLERANCES[self.rounding.precision]
+        what = "activations not rounded, "
+        if not any(changed):
+            self.findings += parity.departed(self.outputs, tolerance)
+        rounded = {output.name: output for output in self.outputs}
+        for each in self.exact:
+            seen = rounded.get(each.name, each)
+            allowed = unrounded(tolerance, seen.effect_error, seen.kl)
+            self.findings += [f"{what}{each.name}: {text}" for text in parity.departures(each, allowed)]
 
     def _mixed(self, probes: list[GraphProbe], runs: dict[str, list[Run]], adapted: Sides, base: Sides) -> None:
         """Add one probe whose rows have the adapter in turn, where rows name their adapters."""
@@ -204,7 +209,7 @@ class Trial:
 
     def _silenced(self, graphs: Mapping[str, Path], runs: Sequence[Run], tell: Say) -> Ending | None:
         silenced: list[bool] = []
-        with _variants(graphs, lambda model: silenced.append(silence_(model))) as variants:
+        with variants_of(graphs, lambda model: silenced.append(silence_(model))) as variants:
             if not any(silenced):
                 self.notes.append("the adapter is part of the weights: the error of the base is not told apart")
                 return None
@@ -255,7 +260,8 @@ class Trial:
         if ending.failure is not None:
             self.findings.append(self.case.label(ending.failure))
             return
-        self._take_decodings(ending, asked, "ONNX Runtime GenAI")
+        answers = {each.name: decoding.with_end(ending.answers[each.name], each, ends) for each in asked}
+        self._take_decodings(Ending(answers), asked, "ONNX Runtime GenAI")
 
     def _take_layers(self, probes: Sequence[GraphProbe]) -> None:
         self.layers, notes = compare_layers(
@@ -271,30 +277,3 @@ class Trial:
 
 def _batch(probe: GraphProbe) -> int:
     return len(next(iter(probe.inputs.values())))
-
-
-@contextmanager
-def _runnable(candidate: GraphCandidate, provider: str, notes: list[str]) -> Iterator[Mapping[str, Path]]:
-    """The graphs as they are, or as float32 where the provider has no bfloat16."""
-    graphs = {role: graph.path for role, graph in candidate.graphs.items()}
-    keeps = candidate.manifest.get("precision") == "keep"  # judged as bf16 where its base is in that
-    if candidate.precision != "bf16" or keeps or provider != "cpu":
-        yield graphs
-        return
-    notes.append("the CPU computes no bfloat16: the graph was run in float32 with the same weights")
-    with tempfile.TemporaryDirectory(prefix="hra-export-wide-") as folder:
-        for role in graphs:
-            Path(folder, role).mkdir()
-        yield {role: widen(path, Path(folder, role)) for role, path in graphs.items()}
-
-
-@contextmanager
-def _variants(graphs: Mapping[str, Path], change: Callable[[Any], None]) -> Iterator[Mapping[str, Path]]:
-    """Changed copies of graphs, by role, for as long as they are needed."""
-    with tempfile.TemporaryDirectory(prefix="hra-export-variant-") as folder:
-        variants = {}
-        for role, path in graphs.items():
-            place = Path(folder, role)
-            place.mkdir()
-            variants[role] = make_variant(path, place, change)
-        yield variants
