@@ -66,6 +66,16 @@ class HraAdapter:
         """How messages call this adapter."""
         return str(self.path) if self.path is not None else "(in memory)"
 
+    def entry(self) -> dict[str, object]:
+        """How manifests of what was made with it name this adapter."""
+        return {
+            "name": self.path.name if self.path else None,
+            "digest": self.digest,
+            "rank": self.rank,
+            "apply_GS": self.orthogonalize,
+            "targets": len(self.chains),
+        }
+
     def reflector(self, module: str, *, dtype: torch.dtype = torch.float64) -> BlockReflector:
         """The chain of one target in compact WY form.
 

@@ -97,8 +97,9 @@ def plan_export(
     if options.precision == "keep" and not blocks:
         raise ValueError(f"`{base}` is not quantized, so there are no bits to keep: ask for fp32 or another precision")
     merge = plan_merge(open_checkpoint(base), adapters)
-    kind = BuiltSource if options.runtime == "genai" else TracedSource
-    return ExportPlan(kind(merge), tuple(adapters), options, merge.notes, blocks or {})
+    traced = TracedSource(merge)
+    source = BuiltSource(traced) if options.runtime == "genai" else traced
+    return ExportPlan(source, tuple(adapters), options, merge.notes, blocks or {})
 
 
 def export_graphs(plan: ExportPlan, output: Path, *, overwrite: bool = False, say: Say | None = None) -> ExportReport:
@@ -182,16 +183,7 @@ def _manifest(plan: ExportPlan, report: ExportReport) -> bytes:
         "kind": "onnx",
         "tool": _versions(),
         "base": {"name": plan.source.root.name, "fingerprint": plan.source.fingerprint},
-        "adapters": [
-            {
-                "name": adapter.path.name if adapter.path else None,
-                "digest": adapter.digest,
-                "rank": adapter.rank,
-                "apply_GS": adapter.orthogonalize,
-                "targets": len(adapter.chains),
-            }
-            for adapter in plan.adapters
-        ],
+        "adapters": [adapter.entry() for adapter in plan.adapters],
         **asdict(plan.options),
         "rounding": _rounding(plan),
         "family": report.family,

@@ -231,16 +231,7 @@ def _manifest(plan: MergePlan, report: MergeReport, fingerprint: str) -> bytes:
         "schema_version": 1,
         "tool": {"name": "hra-export", "version": metadata.version("hra-export")},
         "base": {"name": plan.base.root.name, "component": plan.base.component, "fingerprint": fingerprint},
-        "adapters": [
-            {
-                "name": adapter.path.name if adapter.path else None,
-                "digest": adapter.digest,
-                "rank": adapter.rank,
-                "apply_GS": adapter.orthogonalize,
-                "targets": len(adapter.chains),
-            }
-            for adapter in plan.adapters
-        ],
+        "adapters": [adapter.entry() for adapter in plan.adapters],
         "strength": plan.strength,
         "dtype": plan.dtype,
         "config_changes": dict(plan.config_changes),

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,19 +24,24 @@ DTYPE_CHOICES: Mapping[torch.dtype, DtypeChoice] = {
 
 @dataclass(frozen=True)
 class BuiltSource:
-    """A checkpoint; `plan` is of the merge that the graph computes the same as."""
+    """A checkpoint, and how to trace it where it cannot be built."""
 
-    plan: MergePlan
+    traced: TracedSource
+
+    @property
+    def plan(self) -> MergePlan:
+        """Of the merge that the graph computes the same as."""
+        return self.traced.plan
 
     @property
     def root(self) -> Path:
-        """The directory of the base."""
-        return self.plan.base.root
+        """As of the traced source."""
+        return self.traced.root
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Of the base's weights and configuration."""
-        return self.plan.base.fingerprint()
+        """As of the traced source."""
+        return self.traced.fingerprint
 
     def make(self, options: GraphOptions, scratch: Path, *, say: Say) -> MadeGraphs:
         """Build the graph of the merged weights, or that of the base's with the chains inserted.
@@ -52,7 +56,7 @@ class BuiltSource:
             made = build_genai(directory, adapters, scratch, options)
         except UnsupportedModelError as error:
             say(f"{error.message}: it is traced instead")
-            made = TracedSource(self.plan).make(options, scratch, say=say)
+            made = self.traced.make(options, scratch, say=say)
             return traced_genai(made, directory, options.provider)
         files = {**graph_files(self.plan, options), **made.files}
         companions = {name: path for name, path in graph_companions(self.plan).items() if name not in files}
