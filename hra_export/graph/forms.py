@@ -54,22 +54,18 @@ def lower_(model: ir.Model, form: Choice = "auto") -> dict[str, Form]:
     Constants that nobody reads any more are dropped, and so is the operator's body, if there is one.
 
     `auto` is `augmented` where it applies and else `grouped`, for reflections that share an input together where their
-    ranks add up to at most d / 12, and else for each by itself. Times on an AMD EPYC (Zen 5, 2 cores), ONNX Runtime
-    1.31, r = 8, over that of the merged graph: on one thread the processor time of a run, on two the sum over operators
-    of their fastest runs and 1.5 µs for each. Differences below 0.03 are noise:
+    ranks add up to at most d / 12, and else for each by itself. Times over that of the merged graph at r = 8, on an AMD
+    EPYC (2 cores) with ONNX Runtime 1.31, from `benchmarks/onnx.py`; differences below 0.03 are noise:
 
-    |                             | `add` | `grouped` | `output` | `augmented` |
-    |-----------------------------|-------|-----------|----------|-------------|
-    | MiniLM, 128 tokens          | 1.06  | 1.06      | 1.06     | 1.06        |
-    | the same on two threads     | 1.12  | 1.12      | 1.13     | 1.10        |
-    | MiniLM, 8 × 128             | 1.07  | 1.07      | 1.11     | 1.07        |
-    | SmolLM2, prefill 128        | 1.04  | 1.03      | 1.04     | 1.03        |
-    | SmolLM2, decode at 128      | 1.02  | 1.00      | 1.02     | 1.00        |
-    | the same on two threads     | 1.19  | 1.17      | 1.22     | 1.10        |
+    |                        | `add` | `grouped` | `output` | `packed` | `augmented` |
+    |------------------------|-------|-----------|----------|----------|-------------|
+    | MiniLM, 128 tokens     | 1.22  | 1.22      | 1.19     | 1.22     | 1.15        |
+    | MiniLM, 8 × 128        | 1.09  | 1.09      | 1.09     | 1.14     | 1.07        |
+    | SmolLM2, prefill 128   | 1.12  | 1.13      | 1.13     | 1.17     | 1.07        |
+    | SmolLM2, decode at 128 | 1.11  | 1.11      | 1.14     | 1.18     | 1.10        |
 
-    Decoding pays for operators: 19 a layer more with `grouped`, 21 with `add`, 8 with `augmented`. `packed` is slower
-    (1.08 and 1.13 on MiniLM), `sub` is like `add`; a dense (d, d) matrix costs 2.2. At r = 32, MiniLM's zeros cost 0.02
-    and those of SmolLM2's prefill 0.03.
+    Decoding pays for operators: 19 a layer more with `grouped`, 21 with `add`, 8 with `augmented`. A dense (d, d)
+    matrix costs 2.
 
     Args:
         model: with opaque reflections or with functions.
