@@ -43,7 +43,14 @@ THROUGH_CACHE = (
 )
 
 
-@pytest.fixture(scope="module", params=[*BUILDERS, *(f"{name}, merged" for name in MERGED)])
+SCENES = [
+    *BUILDERS,
+    *(f"{name}, merged" for name in MERGED),
+    *(pytest.param(f"{name}, merged", marks=pytest.mark.slow) for name in BUILDERS if name not in MERGED),
+]
+
+
+@pytest.fixture(scope="module", params=SCENES)
 def scene(request: pytest.FixtureRequest) -> Scene:
     name, _, mode = request.param.partition(", ")
     return make_scene(name, mode=mode or "reflect")
