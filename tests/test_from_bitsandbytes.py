@@ -16,7 +16,6 @@ import onnxruntime
 import platformdirs
 import pytest
 import safetensors.torch
-import tokenizers
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -26,7 +25,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from hra_export import attach, read_adapter
@@ -37,6 +35,7 @@ from hra_export.errors import CheckpointError, FormatError, OutputError, Unsuppo
 from hra_export.graph.document import open_graph
 from hra_export.registry import load_converter
 from tests.command_line import Outcome, run
+from tests.tiny_tokenizer import write_tokenizer
 
 VOCABULARY = 96
 
@@ -467,17 +466,6 @@ def test_a_generator_s_graph_keeps_the_bits_too(tmp_path: Path, cache: Path) -> 
     }
     kinds = [node.op_type for node in open_graph(out / "model.onnx").graph]
     assert kinds.count("MatMulBnb4") == 14
-
-
-def write_tokenizer(directory: Path) -> None:
-    """Every byte a token."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
 
 
 def test_keeping_bits_and_folding_exclude_each_other(base: Path, tmp_path: Path, cache: Path) -> None:

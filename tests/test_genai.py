@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime_genai
 import pytest
-import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from hra_export.merge import merge_checkpoint
 from hra_export.planning import plan_merge
 from hra_export.registry import load_converter
 from tests.real_models import smollm2_gguf
+from tests.tiny_tokenizer import write_tokenizer
 
 VOCABULARY = 300  # the bytes and three more, so that no other size is the vocabulary's
 PROMPT = [35, 117, 203, 60, 8]
@@ -79,17 +79,6 @@ def build_model(kind: str) -> nn.Module:
         if parameter_name.endswith("bias"):
             nn.init.normal_(parameter, std=0.2)
     return model
-
-
-def write_tokenizer(directory: Path) -> None:
-    """Every byte a token."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
 
 
 def random_adapter(kind: str, *, seed: int = 1, rank: int = RANK, more: Sequence[str] = ()) -> HraAdapter:

@@ -20,7 +20,7 @@ from hra_export.validation.graphs import validate_graph
 from hra_export.validation.job import ANSWER
 from tests.command_line import Outcome, run
 from tests.judged_graphs import export, judge, mutate, prepare
-from tests.test_genai import write_tokenizer
+from tests.tiny_tokenizer import write_tokenizer
 
 MORE = ("roberta", "gpt2", "clip")
 

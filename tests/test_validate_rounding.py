@@ -18,7 +18,6 @@ from hra_export.validation.decoding import Spoken, with_end
 from hra_export.validation.process import Answer
 from hra_export.validation.rounding import _compared
 from tests.judged_graphs import constant, export, judge, mutate, prepare, set_constant
-from tests.test_genai import write_tokenizer
 from tests.test_validate_faults import (
     FAULTY_TARGET,
     adapter_missing,
@@ -26,6 +25,7 @@ from tests.test_validate_faults import (
     one_layer_off_by_two_percent,
     u_and_v_in_each_others_place,
 )
+from tests.tiny_tokenizer import write_tokenizer
 
 Fault = Callable[[ir.Model, HraAdapter], None]
 SWAPPED = "self_attn.o_proj"
