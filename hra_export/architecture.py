@@ -126,6 +126,11 @@ def is_conv1d(module: object) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def is_embedding(module: object) -> bool:
+    """Whether a module looks rows up: torch's Embedding, or a class of a model's own that is one."""
+    return any(kind.__name__ == "Embedding" for kind in type(module).__mro__)
+
+
 def ties(model: Any) -> dict[str, str]:
     """The tied parameters of a model → the parameter each shares."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})

@@ -234,7 +234,7 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """
     q_left, core_left = torch.linalg.qr(left)
     q_right, core_right = torch.linalg.qr(right.T)
-    p, sigma, q_t = torch.linalg.svd(core_left @ core_right.T)
+    p, sigma, q_t = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
     root = sigma.sqrt()
     return q_left @ (p * root), (root[:, None] * q_t) @ q_right.T
 

@@ -166,6 +166,10 @@ class Layout:
         found = self._module(module)
         return architecture.is_conv1d(found)
 
+    def is_embedding(self, module: str) -> bool:
+        """Whether a module looks rows up instead of multiplying."""
+        return architecture.is_embedding(self._module(module))
+
     def conv_groups(self, module: str) -> int:
         """The groups of a convolution; 1 for everything else."""
         return int(getattr(self._module(module), "groups", 1))

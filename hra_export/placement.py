@@ -14,7 +14,8 @@ from hra_export import names
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint
 from hra_export.errors import MismatchError, UnsupportedModelError
-from hra_export.layout import Layout, Region, may_have_conv1d, read_layout
+from hra_export.layout import Layout, Region
+from hra_export.locator import Locator
 from hra_export.plan import Action, ChainSite, OutputTensor, Segment, matrix_shape
 from hra_export.tensorfile import TensorInfo, dtype_name
 
@@ -32,19 +33,16 @@ class Draft:
     values: dict[str, list[tuple[Region | None, Tensor]]] = field(default_factory=dict)
     untied: dict[str, TensorInfo] = field(default_factory=dict)
     taken: dict[str, Tensor] = field(default_factory=dict)
-    _layout: Layout | None = None
 
     def __post_init__(self) -> None:
         self.tensors = self.base.tensors
+        first = self.adapters[0]
+        self.locator = Locator(self.base, first.task, first.model_class)
 
     @property
     def layout(self) -> Layout:
-        """transformers' own view of this checkpoint; read only when a name does not match directly."""
-        if self._layout is None:
-            shapes = {name: info.shape for name, info in self.tensors.items()}
-            first = self.adapters[0]
-            self._layout = read_layout(self.base.config, shapes, task=first.task, model_class=first.model_class)
-        return self._layout
+        """transformers' own view of this checkpoint."""
+        return self.locator.layout
 
     def raise_findings(self) -> None:
         """End here if anything did not fit."""
@@ -112,35 +110,9 @@ class Draft:
         return "untie" if name in self.untied else "copy"
 
     def _locate(self, module: str, parameter: str) -> tuple[Region, ...]:
-        """The disk regions of a parameter: by its own name, else by transformers' mapping, else through a tie."""
-        direct = next((name for name in (parameter, module) if name in self.tensors), None)
-        if direct is not None and not self._may_be_tied(direct) and not self._is_stacked(direct):
-            return (self._direct_region(module, direct),)
-        source = self.layout.tied_source(parameter) if self.base.config else None
-        if source is not None:
-            return (self._untie(parameter, source),)
-        known = (
-            self.layout.regions(parameter) if self.base.config and (direct is None or self._is_stacked(direct)) else ()
-        )
-        return known or (() if direct is None else (self._direct_region(module, direct),))
-
-    def _direct_region(self, module: str, name: str) -> Region:
-        shape = self.tensors[name].shape
-        axis = 1 if len(shape) in (2, 4) else len(shape) - 1
-        if len(shape) == 2 and may_have_conv1d(self.base.config) and self.layout.is_transposed(module):
-            axis = 0
-        return Region(name, tuple((0, size) for size in shape), axis)
-
-    def _may_be_tied(self, name: str) -> bool:
-        """Whether a tensor could share its values with another: only those with one row per token are tied."""
-        shape = self.tensors[name].shape
-        text = self.base.config.get("text_config")
-        sizes = (self.base.config.get("vocab_size"), text.get("vocab_size") if isinstance(text, dict) else None)
-        return len(shape) == 2 and shape[0] in sizes
-
-    def _is_stacked(self, name: str) -> bool:
-        """Whether a tensor holds several matrices, experts for example, whose orientation only the model tells."""
-        return len(self.tensors[name].shape) == 3
+        """The disk regions of a parameter; one that is tied gets a tensor of its own."""
+        found = self.locator.find(module, parameter)
+        return found.regions if found.tied_to is None else (self._untie(parameter, found.tied_to),)
 
     def _untie(self, parameter: str, source: str) -> Region:
         """Give a tied parameter a tensor of its own, and its partners theirs, so that only one of them changes."""

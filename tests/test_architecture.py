@@ -42,15 +42,31 @@ FLOORS: list[list[tuple[str, ...]]] = [
     # carries a plan out as weights
     [("merge",)],
     # makes a plan, streams planned tensors, describes them; makes a model of a checkpoint
-    [("planning", "placement"), ("stream",), ("modelcard",), ("companions",), ("loading",)],
+    [
+        ("planning", "placement"),
+        ("stream",),
+        ("modelcard",),
+        ("companions",),
+        ("loading",),
+        ("low_rank", "target_weights"),
+        ("strength", "composition"),
+    ],
     # what becomes of every tensor: in files, in a live model
-    [("plan",), ("attachment", "layer")],
+    [("plan",), ("attachment", "layer"), ("locator",)],
     # knows one kind of thing each: adapters, bases, output directories, models' names and shapes, the torch operator
-    [("adapter",), ("checkpoint",), ("publish", "replacement", "places"), ("layout", "conversions"), ("reflection",)],
+    [
+        ("adapter",),
+        ("checkpoint",),
+        ("publish", "replacement", "places"),
+        ("file_output",),
+        ("layout", "conversions"),
+        ("reflection",),
+    ],
     # knows nothing of its neighbours: algebra, names, measures, containers, file systems, model classes
     [
-        ("householder",),
+        ("rotation", "householder"),
         ("names",),
+        ("converted",),
         ("parity", "tolerance"),
         ("tensorfile",),
         ("journal", "filesystem"),

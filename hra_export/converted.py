@@ -1,0 +1,54 @@
+"""What a conversion wrote: values only, for the command line and for manifests."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ConvertedTarget:
+    """One target in the output.
+
+    Attributes:
+        rank: in the output; 0 when it was left out.
+        delta_norm: ‖ΔW‖_F that was asked for.
+        error: ‖ΔW written − ΔW‖ / ‖ΔW‖, 0 where there is no ΔW.
+    """
+
+    module: str
+    rank: int
+    delta_norm: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """A finished conversion.
+
+    Attributes:
+        format: of the output, in words a user knows: `LoRA of PEFT`.
+        notes: what a user should know about it, one sentence each.
+    """
+
+    format: str
+    output: Path
+    size_bytes: int
+    targets: tuple[ConvertedTarget, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def delta_norm(self) -> float:
+        """‖ΔW‖_F over all targets."""
+        return math.sqrt(sum(target.delta_norm**2 for target in self.targets))
+
+    @property
+    def error(self) -> float:
+        """Relative error of ΔW over all targets."""
+        lost = math.sqrt(sum((target.error * target.delta_norm) ** 2 for target in self.targets))
+        return lost / self.delta_norm if self.delta_norm else 0.0
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """The smallest and the largest rank of a target."""
+        ranks = [target.rank for target in self.targets] or [0]
+        return min(ranks), max(ranks)
