@@ -46,6 +46,7 @@ class HraAdapter:
         model_library: the module that has this class, from the same place; kept for PEFT, never imported.
         path: the directory it came from, if any.
         digest: SHA-256 over config and weights, hex; empty when it was not read from a file.
+        origin: what it was made of, when it is not an adapter of its own.
     """
 
     chains: Mapping[str, Tensor]
@@ -60,14 +61,28 @@ class HraAdapter:
     model_library: str | None = None
     path: Path | None = None
     digest: str = ""
+    origin: "Origin | None" = None
 
     @property
     def label(self) -> str:
         """How messages call this adapter."""
+        if self.path is None and self.origin is not None:
+            return ", ".join(adapter.label for adapter in self.origin.adapters)
         return str(self.path) if self.path is not None else "(in memory)"
 
+    @property
+    def sources(self) -> tuple["HraAdapter", ...]:
+        """The adapters it was made of, in order; itself when it was not."""
+        return (self,) if self.origin is None else self.origin.adapters
+
+    def entries(self) -> list[dict[str, object]]:
+        """How manifests of what was made with it name it: an entry for each of its sources."""
+        strength = 1.0 if self.origin is None else self.origin.strength
+        part = {} if strength == 1 else {"strength": strength, "interpolation": "geodesic"}
+        return [{**source.entry(), **part} for source in self.sources]
+
     def entry(self) -> dict[str, object]:
-        """How manifests of what was made with it name this adapter."""
+        """How manifests name this adapter alone."""
         return {
             "name": self.path.name if self.path else None,
             "digest": self.digest,
@@ -90,6 +105,19 @@ class HraAdapter:
             ) from error
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter was made of: (R_1 R_2 …)^t.
+
+    Attributes:
+        adapters: as they were read, in the order they compose.
+        strength: t, of their whole product.
+    """
+
+    adapters: tuple[HraAdapter, ...]
+    strength: float = 1.0
+
+
 def read_adapter(directory: Path) -> HraAdapter:
     """Read an adapter directory and check everything that can be checked without the base.
 
@@ -99,9 +127,9 @@ def read_adapter(directory: Path) -> HraAdapter:
         OutputError: the file system does not let us read it.
     """
     try:
-        config_bytes = _read_config_bytes(directory)
+        config_bytes = read_config_bytes(directory)
         config = _HraConfig.parse(directory, tensorfile.strict_json(directory / CONFIG_NAME, config_bytes))
-        weights = tensorfile.read_header(_weights_path(directory))
+        weights = tensorfile.read_header(weights_path(directory))
     except FormatError as error:
         raise AdapterError(error.message, findings=error.findings, hint=error.hint) from error
     except OSError as error:
@@ -127,17 +155,30 @@ def read_adapter(directory: Path) -> HraAdapter:
 
 
 def write_adapter(adapter: HraAdapter, directory: Path) -> None:
-    """Write an adapter so that stock PEFT loads it: chains in float32, parameters in their own dtype.
+    """Write an adapter so that stock PEFT loads it: `adapter_files` in a directory.
 
-    The directory is made if needed; each file appears whole or not at all. `target_modules` lists full module paths.
+    The directory is made if needed; each file appears whole or not at all.
 
     Raises:
         NumericalError: a reflection vector is zero or not finite, or float32 cannot hold it; nothing is written.
         OSError: the directory cannot be written.
     """
+    files = adapter_files(adapter)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        _write_whole(directory / name, data)
+
+
+def adapter_files(adapter: HraAdapter) -> dict[str, bytes]:
+    """The files that stock PEFT loads, the configuration last: chains in float32, parameters in their own dtype.
+
+    `target_modules` lists full module paths.
+
+    Raises:
+        NumericalError: a reflection vector is zero or not finite, or float32 cannot hold it.
+    """
     tensors = {names.chain_key(module): u.detach().to("cpu", torch.float32) for module, u in adapter.chains.items()}
     _check_directions(adapter.label, tensors)
-    directory.mkdir(parents=True, exist_ok=True)
     for name, value in adapter.parameters.items():
         tensors[names.parameter_key(name, adapter.chains)] = value.detach().to("cpu")
     ordered = {key: tensors[key].contiguous() for key in sorted(tensors)}
@@ -146,8 +187,8 @@ def write_adapter(adapter: HraAdapter, directory: Path) -> None:
         {"format": "pt"},
     )
     body = b"".join(ordered[key].reshape(-1).view(torch.uint8).numpy().tobytes() for key in layout.tensors)
-    _write_whole(directory / WEIGHTS_NAME, layout.header + body)
-    _write_whole(directory / CONFIG_NAME, (json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n").encode())
+    config = json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n"
+    return {WEIGHTS_NAME: layout.header + body, CONFIG_NAME: config.encode()}
 
 
 @dataclass(frozen=True)
@@ -205,7 +246,12 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _read_config_bytes(directory: Path) -> bytes:
+def read_config_bytes(directory: Path) -> bytes:
+    """The configuration of an adapter directory of any method.
+
+    Raises:
+        AdapterError: there is none, or it is too large to be one.
+    """
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise AdapterError(
@@ -219,7 +265,12 @@ def _read_config_bytes(directory: Path) -> bytes:
     return path.read_bytes()
 
 
-def _weights_path(directory: Path) -> Path:
+def weights_path(directory: Path) -> Path:
+    """The weights of an adapter directory of any method.
+
+    Raises:
+        AdapterError: there are none, or only a pickle.
+    """
     path = directory / WEIGHTS_NAME
     if not path.exists() and (directory / PICKLE_NAME).exists():
         raise AdapterError(

@@ -14,16 +14,22 @@ from hra_export.errors import MismatchError, NumericalError, UnsupportedModelErr
 from hra_export.layer import Chain, ReflectedConv2d, ReflectedEmbedding, ReflectedLayer, RotatedRegion, chains_of
 from hra_export.layout import runtime_location
 from hra_export.names import is_under
+from hra_export.strength import Interpolation, take_strength
 
 
 @dataclass
 class Attachment:
-    """Adapters at work in a model. `detach` puts everything back as it was."""
+    """Adapters at work in a model. `detach` puts everything back as it was.
+
+    Attributes:
+        renamed: target → the module path that this model has for it, where they differ.
+    """
 
     model: nn.Module
     layers: Mapping[str, ReflectedLayer | RotatedRegion]
     _replaced: Mapping[str, Tensor] = field(default_factory=dict)
     _trained: Mapping[str, Tensor] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def parameters(self) -> list[nn.Parameter]:
         """The chains' vectors, for an optimizer."""
@@ -86,7 +92,9 @@ class Attachment:
         _install_parameters(self.model, values)
 
 
-def attach(model: nn.Module, *adapters: HraAdapter, strength: float = 1.0) -> Attachment:
+def attach(
+    model: nn.Module, *adapters: HraAdapter, strength: float = 1.0, interpolation: Interpolation = "geodesic"
+) -> Attachment:
     """Put live HRA layers into `model`, which is changed in place until `Attachment.detach`.
 
     Several adapters compose in the order given: W R_1 R_2 …. Their biases and saved modules replace the model's, the
@@ -95,19 +103,22 @@ def attach(model: nn.Module, *adapters: HraAdapter, strength: float = 1.0) -> At
     Args:
         model: any module tree; module paths are matched literally, then through transformers' own renamings.
         adapters: as read by `read_adapter`.
-        strength: s in W + s (W R − W); biases and saved modules are the adapters' whatever it is.
+        strength: t of R^t, or of W + t (W R − W); biases and saved modules are the adapters' whatever it is.
+        interpolation: which of the two. With R^t the layers carry chains that were made of the adapters'.
 
     Raises:
+        ConversionError: R^t of a chain with determinant −1.
         MismatchError: targets or parameters that the model does not have, or whose shapes disagree; all of them.
             The first axis of a saved module or of a matrix may differ: labels and vocabularies are resized.
         UnsupportedModelError: a grouped convolution, or a layer kind that no chain is defined for.
     """
     chains: dict[str, list[Chain]] = {}
-    for adapter in adapters:
+    taken = take_strength(adapters, strength, interpolation)
+    for adapter in taken.adapters:
         for path, vectors in adapter.chains.items():
             chains.setdefault(path, []).append(Chain(vectors, orthogonalize=adapter.orthogonalize))
-    parameters = {name: value for adapter in adapters for name, value in adapter.parameters.items()}
-    saved = {name for adapter in adapters for name in parameters if is_under(name, adapter.modules_to_save)}
+    parameters = {name: value for adapter in taken.adapters for name, value in adapter.parameters.items()}
+    saved = {name for adapter in taken.adapters for name in parameters if is_under(name, adapter.modules_to_save)}
     sites = {path: _find_site(model, path) for path in chains}
     findings = [*_chain_findings(model, chains, sites), *_parameter_findings(model, parameters, saved)]
     if findings:
@@ -120,8 +131,9 @@ def attach(model: nn.Module, *adapters: HraAdapter, strength: float = 1.0) -> At
     for path, site in sites.items():
         assert site is not None
         key = path if isinstance(site, _Stacked) else site
-        layers[key] = _install_chain(model, site, chains[path], strength)
-    return Attachment(model, layers, replaced, trained)
+        layers[key] = _install_chain(model, site, chains[path], taken.linear)
+    renamed = {path: site for path, site in sites.items() if isinstance(site, str) and site != path}
+    return Attachment(model, layers, replaced, trained, renamed)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def companion_files(plan: MergePlan) -> dict[str, Path]:
     """Output name → file to copy: the base's companions, the adapters' own tokenizer files winning."""
     found = {str(name): plan.base.root / name for name in plan.base.companions()}
     if not plan.base.component:  # a pipeline keeps its tokenizers in folders of their own
-        for adapter in plan.adapters:
+        for adapter in plan.sources:
             own = [adapter.path / name for name in TOKENIZER_FILES] if adapter.path is not None else []
             found.update({path.name: path for path in own if path.is_file()})
     return found

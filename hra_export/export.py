@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 
 from hra_export import publish
 from hra_export.adapter import HraAdapter
-from hra_export.checkpoint import MANIFEST_NAME, open_checkpoint
+from hra_export.checkpoint import MANIFEST_NAME, Checkpoint, open_checkpoint
 from hra_export.codebook import CodebookMatrix
 from hra_export.graph import document
 from hra_export.graph.built import BuiltSource
@@ -30,7 +30,9 @@ from hra_export.graph.making import GraphSource, MadeGraphs, Say
 from hra_export.graph.options import FLOATS, GraphOptions
 from hra_export.graph.provenance import provenance
 from hra_export.graph.traced import TracedSource
+from hra_export.plan import MergePlan
 from hra_export.planning import plan_merge
+from hra_export.strength import Strengthened, take_strength
 
 # What decides the bytes of a graph, beside its inputs.
 TOOLS = ("hra-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -42,7 +44,7 @@ class ExportPlan:
 
     Attributes:
         source: where the graphs come from.
-        adapters: composed in the order given; for a swappable graph each stands for itself.
+        adapters: composed in the order given, at the strength asked for; for a swappable graph each stands for itself.
         options: how they are written.
         notes: what a user should know about the plan, one sentence each.
         blocks: what the weights of a quantized base are made of, by parameter name.
@@ -53,6 +55,11 @@ class ExportPlan:
     options: GraphOptions
     notes: tuple[str, ...] = ()
     blocks: Mapping[str, Matrix] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> tuple[HraAdapter, ...]:
+        """The adapters as they were given."""
+        return tuple(source for adapter in self.adapters for source in adapter.sources)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -89,17 +96,42 @@ def plan_export(
 
     Raises:
         ValueError: precision `keep` for a checkpoint that is not quantized.
-        CheckpointError, MismatchError, NumericalError, UnsupportedModelError: as `plan_merge`.
+        CheckpointError, ConversionError, MismatchError, NumericalError, UnsupportedModelError: as `plan_merge`.
     """
     file = graph_file(base)
     if file is not None:
-        return ExportPlan(InsertedSource(file, tuple(adapters)), tuple(adapters), options)
+        taken = _strengthened(adapters, options)
+        return ExportPlan(InsertedSource(file, taken.adapters), taken.adapters, options, taken.notes)
     if options.precision == "keep" and not blocks:
         raise ValueError(f"`{base}` is not quantized, so there are no bits to keep: ask for fp32 or another precision")
-    merge = plan_merge(open_checkpoint(base), adapters)
+    merge = _plan_merge(open_checkpoint(base), adapters, options)
     traced = TracedSource(merge)
     source = BuiltSource(traced) if options.runtime == "genai" else traced
-    return ExportPlan(source, tuple(adapters), options, merge.notes, blocks or {})
+    return ExportPlan(source, merge.adapters, options, merge.notes, blocks or {})
+
+
+def _plan_merge(base: Checkpoint, adapters: Sequence[HraAdapter], options: GraphOptions) -> MergePlan:
+    """Of the merge that the graph computes the same as; of a swappable one, which shows that every adapter fits."""
+    if options.swap == "none":
+        return plan_merge(base, adapters, strength=options.strength, interpolation=options.interpolation)
+    fits = plan_merge(base, adapters)
+    taken = _strengthened(adapters, options)
+    notes = (*fits.notes, *taken.notes)
+    return replace(
+        fits,
+        adapters=taken.adapters,
+        strength=options.strength,
+        interpolation=options.interpolation,
+        notes=notes,
+    )
+
+
+def _strengthened(adapters: Sequence[HraAdapter], options: GraphOptions) -> Strengthened:
+    """The adapters' product, or each adapter of a swappable graph, at the strength asked for."""
+    groups = [adapters] if options.swap == "none" else [[adapter] for adapter in adapters]
+    taken = [take_strength(group, options.strength, options.interpolation) for group in groups]
+    notes = dict.fromkeys(note for each in taken for note in each.notes)
+    return Strengthened(tuple(adapter for each in taken for adapter in each.adapters), options.linear, tuple(notes))
 
 
 def export_graphs(plan: ExportPlan, output: Path, *, overwrite: bool = False, say: Say | None = None) -> ExportReport:
@@ -118,7 +150,7 @@ def export_graphs(plan: ExportPlan, output: Path, *, overwrite: bool = False, sa
         NumericalError: weights that the precision cannot hold.
     """
     tell = say or (lambda text: None)
-    protected = [plan.source.root, *(adapter.path for adapter in plan.adapters if adapter.path is not None)]
+    protected = [plan.source.root, *(adapter.path for adapter in plan.sources if adapter.path is not None)]
     publish.check_output(output, overwrite=overwrite, protected=protected, manifest_name=MANIFEST_NAME)
     with tempfile.TemporaryDirectory(prefix="hra-export-") as folder:
         scratch = Path(folder)
@@ -147,11 +179,21 @@ def _finish(plan: ExportPlan, made: MadeGraphs) -> dict[str, Finished]:
     properties = provenance(
         mode=plan.options.mode,
         base_fingerprint=plan.source.fingerprint,
-        adapters=plan.adapters,
+        adapters=plan.sources,
         precision=plan.options.precision,
+        strength=json.dumps(plan.options.strength),
+        interpolation=plan.options.interpolation,
     )
     return {
-        name: finish_(model, plan.adapters, plan.options, family=made.family, properties=properties, blocks=plan.blocks)
+        name: finish_(
+            model,
+            plan.adapters,
+            plan.options,
+            family=made.family,
+            properties=properties,
+            blocks=plan.blocks,
+            renamed=made.renamed,
+        )
         for name, model in made.graphs.items()
     }
 
@@ -161,7 +203,8 @@ def _adapter_files(plan: ExportPlan, finished: Mapping[str, Finished], scratch: 
     files: dict[str, Path] = {}
     for name, graph in finished.items():
         if graph.contract is not None:
-            files.update(write_adapters(plan.adapters, graph.contract, scratch, graph=name))
+            written = write_adapters(plan.adapters, graph.contract, scratch, graph=name, strength=plan.options.linear)
+            files.update(written)
     return files
 
 
@@ -170,7 +213,7 @@ def _key(plan: ExportPlan) -> str:
     described = {
         "versions": _versions(),
         "base": plan.source.fingerprint,
-        "adapters": [adapter.digest for adapter in plan.adapters],
+        "adapters": [adapter.digest for adapter in plan.sources],
         "options": asdict(plan.options),
     }
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
@@ -183,7 +226,7 @@ def _manifest(plan: ExportPlan, report: ExportReport) -> bytes:
         "kind": "onnx",
         "tool": _versions(),
         "base": {"name": plan.source.root.name, "fingerprint": plan.source.fingerprint},
-        "adapters": [adapter.entry() for adapter in plan.adapters],
+        "adapters": [adapter.entry() for adapter in plan.sources],
         **asdict(plan.options),
         "rounding": _rounding(plan),
         "family": report.family,

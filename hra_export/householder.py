@@ -239,6 +239,17 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return q_left @ (p * root), (root[:, None] * q_t) @ q_right.T
 
 
+def distance(first: BlockReflector, second: BlockReflector | None = None) -> float:
+    """‖R_a − R_b‖_F of two reflectors, ‖R_a − I‖_F of one, from the factors alone.
+
+    With [U_a U_b] = Q [L_a L_b] by QR, the norm is ‖L_a T_a L_aᵀ − L_b T_b L_bᵀ‖_F.
+    """
+    both = first.u if second is None else torch.cat([first.u, second.u], dim=1)
+    left, right = torch.linalg.qr(both).R.split([first.rank, both.shape[1] - first.rank], dim=1)
+    change = left @ first.t @ left.T
+    return float(torch.linalg.matrix_norm(change if second is None else change - right @ second.t @ right.T))
+
+
 def dense(reflector: BlockReflector) -> Tensor:
     """R itself, (d, d). For tests and small examples: O(d²) memory, which nothing else here needs."""
     identity = torch.eye(reflector.features, dtype=reflector.u.dtype, device=reflector.u.device)

@@ -117,7 +117,7 @@ def merge_checkpoint(
         fingerprint = plan.base.fingerprint()
     companions = _companions(plan)
     size = sum(layout.size_bytes for layout in layouts.values()) + sum(p.stat().st_size for p in companions.values())
-    protected = [plan.base.root, *(adapter.path for adapter in plan.adapters if adapter.path is not None)]
+    protected = [plan.base.root, *(adapter.path for adapter in plan.sources if adapter.path is not None)]
     key = _key(plan, fingerprint)
     with publish.stage(output, key=key, size_bytes=size, overwrite=overwrite, protected=protected) as stage:
         tallies = _write_shards(plan, stage, layouts, device or torch.device("cpu"), workers, progress)
@@ -144,7 +144,7 @@ def _write_shards(
 ) -> dict[str, TensorTally]:
     """Every shard, finished ones of an interrupted run excepted; what was measured comes from its journal for those."""
     streamer = Streamer(
-        plan.base, plan.adapters, strength=plan.strength, device=device, workers=workers, progress=progress
+        plan.base, plan.adapters, strength=plan.linear, device=device, workers=workers, progress=progress
     )
 
     turn = threading.Lock()  # to compute; a shard that is only being flushed lets the next one begin
@@ -217,8 +217,8 @@ def _key(plan: MergePlan, fingerprint: str) -> str:
     described = {
         "version": metadata.version("hra-export"),
         "base": fingerprint,
-        "adapters": [adapter.digest for adapter in plan.adapters],
-        "strength": plan.strength,
+        "adapters": [adapter.digest for adapter in plan.sources],
+        "strength": [plan.strength, plan.interpolation],
         "dtype": plan.dtype,
         "shards": [[shard.name, *(tensor.name for tensor in shard.tensors)] for shard in plan.shards],
     }
@@ -231,8 +231,9 @@ def _manifest(plan: MergePlan, report: MergeReport, fingerprint: str) -> bytes:
         "schema_version": 1,
         "tool": {"name": "hra-export", "version": metadata.version("hra-export")},
         "base": {"name": plan.base.root.name, "component": plan.base.component, "fingerprint": fingerprint},
-        "adapters": [adapter.entry() for adapter in plan.adapters],
+        "adapters": [adapter.entry() for adapter in plan.sources],
         "strength": plan.strength,
+        "interpolation": plan.interpolation,
         "dtype": plan.dtype,
         "config_changes": dict(plan.config_changes),
         "notes": list(plan.notes),

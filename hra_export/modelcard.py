@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hra_export.adapter import HraAdapter
     from hra_export.plan import MergePlan
 
 # Front matter worth keeping from the base's card; the rest describes another model.
@@ -12,12 +15,11 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 def merged_card(plan: "MergePlan") -> str:
     """README.md of the merged checkpoint: `base_model`, `base_model_relation: merge`, and a line on each adapter."""
     library = "diffusers" if plan.base.component or "_class_name" in plan.base.config else "transformers"
-    adapters = _adapter_lines(plan)
-    strength = "" if plan.strength == 1 else f"\n\nThe adapters were folded at strength {plan.strength:g}."
+    adapters = _adapter_lines(plan.sources)
     return (
         f"{_head(plan, library, ['hra', 'merge'])}# {plan.base.root.name}, with HRA adapters merged\n\n"
         "The Householder reflections of these adapters are folded into the weights, in this order:\n\n"
-        f"{adapters}{strength}\n\n"
+        f"{adapters}{_strength_line(plan)}\n\n"
         "`hra_export_manifest.json` says what was done to each tensor, and what rounding cost. "
         "Made with `hra-export merge`.\n"
     )
@@ -34,16 +36,41 @@ def graph_card(plan: "MergePlan", mode: str) -> str:
     return (
         f"{_head(plan, 'onnx', ['hra', 'onnx'])}# {plan.base.root.name}, with HRA adapters, as ONNX\n\n"
         f"The Householder reflections of these adapters are {how}, in this order:\n\n"
-        f"{_adapter_lines(plan)}\n\n"
+        f"{_adapter_lines(plan.sources)}{_strength_line(plan)}\n\n"
         "`hra_export_manifest.json` lists the graphs, their inputs and their outputs. Made with `hra-export onnx`.\n"
     )
+
+
+def adapter_card(adapter: "HraAdapter", done: str) -> str:
+    """README.md of an HRA adapter that was made of others.
+
+    Args:
+        adapter: with its origin.
+        done: what was done to them, as a clause that ends the sentence `These HRA adapters, …`.
+    """
+    import yaml
+
+    fields: dict[str, Any] = {"library_name": "peft", "tags": ["hra"]}
+    if _is_hub_id(adapter.base):
+        fields |= {"base_model": adapter.base, "base_model_relation": "adapter"}
+    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    return (
+        f"---\n{front}---\n\n# {len(adapter.chains)} chains of rank {adapter.rank}\n\n"
+        f"{_adapter_lines(adapter.sources)}\n\nThese HRA adapters, {done}. "
+        "`hra_export_manifest.json` says more. Made with hra-export.\n"
+    )
+
+
+def _is_hub_id(base: str | None) -> bool:
+    """Whether a base's name says something to others; a path on somebody's disk does not."""
+    return base is not None and not base.startswith((".", "~", "/")) and base.count("/") == 1
 
 
 def _head(plan: "MergePlan", library: str, tags: list[str]) -> str:
     """The front matter, between its lines."""
     import yaml
 
-    base = next((adapter.base for adapter in plan.adapters if adapter.base), None)
+    base = next((adapter.base for adapter in plan.sources if adapter.base), None)
     inherited = {key: value for key, value in _front_matter(plan).items() if key in INHERITED}
     fields: dict[str, Any] = {
         "library_name": library,
@@ -51,18 +78,25 @@ def _head(plan: "MergePlan", library: str, tags: list[str]) -> str:
         "tags": tags,
         "base_model_relation": "merge",
     }
-    if base is not None and not base.startswith((".", "~", "/")) and base.count("/") == 1:
-        fields["base_model"] = base  # a Hub id; a path on somebody's disk says nothing to others
+    if _is_hub_id(base):
+        fields["base_model"] = base
     data = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()
     return f"---\n{data}\n---\n\n"
 
 
-def _adapter_lines(plan: "MergePlan") -> str:
+def _adapter_lines(adapters: "Sequence[HraAdapter]") -> str:
     return "\n".join(
         f"- `{adapter.path.name if adapter.path else 'adapter'}`: rank {adapter.rank}, {len(adapter.chains)} targets"
         f"{', Gram-Schmidt' if adapter.orthogonalize else ''}"
-        for adapter in plan.adapters
+        for adapter in adapters
     )
+
+
+def _strength_line(plan: "MergePlan") -> str:
+    if plan.strength == 1:
+        return ""
+    what = "part of the rotation's angles" if plan.interpolation == "geodesic" else "part of the weights' change"
+    return f"\n\nThe adapters act at strength {plan.strength:g} ({plan.interpolation}: that {what})."
 
 
 def _front_matter(plan: "MergePlan") -> dict[str, object]:

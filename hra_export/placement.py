@@ -66,7 +66,17 @@ class Draft:
             if problem is not None:
                 self.findings.append(problem)
                 continue
-            self.folds.setdefault(region.tensor, {}).setdefault(region, []).append(ChainSite(adapter, module))
+            self._fold(region, ChainSite(adapter, module))
+
+    def _fold(self, region: Region, site: ChainSite) -> None:
+        """Behind the chains that are folded into the same rows, whatever name those were found by."""
+        places = self.folds.setdefault(region.tensor, {})
+        rows = (region.index, region.features)
+        sites = places.setdefault(next((each for each in places if (each.index, each.features) == rows), region), [])
+        other = next((known.module for known in sites if known.adapter == site.adapter), None)
+        if other is not None:
+            self.findings.append(f"{site.module}: its weight is that of {other} too, which has a chain of its own")
+        sites.append(site)
 
     def place_parameter(self, adapter: int, name: str) -> None:
         """Find the tensors that a trained parameter replaces, or add it as a new one."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint
+from hra_export.strength import Interpolation, linear_part
 from hra_export.tensorfile import TensorInfo, tensor_bytes
 
 DtypeChoice = Literal["keep", "float32", "bfloat16", "float16"]
@@ -84,6 +85,8 @@ class MergePlan:
     """Everything a merge will do.
 
     Attributes:
+        adapters: what is folded: those that were given, or one in their place that is their R^t.
+        strength, interpolation: as asked for.
         config_changes: keys of `config.json` that must change for the merged tensors to be read rightly.
         notes: what a user should know about the plan, one sentence each.
     """
@@ -95,6 +98,17 @@ class MergePlan:
     dtype: DtypeChoice
     config_changes: Mapping[str, object]
     notes: tuple[str, ...]
+    interpolation: Interpolation = "geodesic"
+
+    @property
+    def sources(self) -> tuple[HraAdapter, ...]:
+        """The adapters as they were given."""
+        return tuple(source for adapter in self.adapters for source in adapter.sources)
+
+    @property
+    def linear(self) -> float:
+        """The factor of every ΔW."""
+        return linear_part(self.strength, self.interpolation)
 
     @property
     def tensors(self) -> Iterator[OutputTensor]:
@@ -115,7 +129,7 @@ class MergePlan:
         total = 0
         for tensor in self.tensors:
             for segment in tensor.segments:
-                rank = sum(self.adapters[site.adapter].rank for site in segment.chains)
+                rank = sum(self.adapters[site.adapter].chains[site.module].shape[1] for site in segment.chains)
                 total += 4 * rank * (segment.stop - segment.start) * tensor.matrix_shape[1]
         return total
 

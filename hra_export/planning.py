@@ -3,15 +3,16 @@
 Every adapter tensor is used exactly once, or planning fails with all the reasons at once.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint
-from hra_export.errors import NumericalError, UnsupportedModelError
+from hra_export.composition import reflectors
+from hra_export.errors import ConversionError, UnsupportedModelError
 from hra_export.placement import Draft
 from hra_export.plan import STORED_DTYPES, Action, DtypeChoice, MergePlan, OutputTensor, Shard
+from hra_export.strength import Interpolation, take_strength
 from hra_export.tensorfile import FLOAT_DTYPES
 
 
@@ -20,6 +21,7 @@ def plan_merge(
     adapters: Sequence[HraAdapter],
     *,
     strength: float = 1.0,
+    interpolation: Interpolation = "geodesic",
     dtype: DtypeChoice = "keep",
     max_shard_bytes: int | None = None,
 ) -> MergePlan:
@@ -28,20 +30,36 @@ def plan_merge(
     Args:
         base: as opened by `open_checkpoint`.
         adapters: composed in the order given, W R_1 R_2 ….
-        strength: s in W + s (W R − W).
+        strength: t of R^t, or of W + t (W R − W); 0 is the base, 1 the adapters.
+        interpolation: which of the two.
         dtype: of the floating-point tensors written; `keep` takes each tensor's own.
         max_shard_bytes: split the output anew; None keeps the base's shards.
 
     Raises:
         MismatchError: an adapter tensor has no place in the base, or the wrong shape; all of them.
+        ConversionError: R^t of a chain with determinant −1, or of one weight under several names.
         NumericalError: a chain cannot be computed.
         UnsupportedModelError: quantized base, grouped convolution, a layout that mixes input features.
     """
     if not adapters:
         raise ValueError("a merge needs at least one adapter")
-    if not math.isfinite(strength):
-        raise ValueError(f"strength: expected a finite number, got {strength}")
     _refuse_quantized(base)
+    draft = _placed(base, adapters)
+    reflectors(adapters)  # so that a breakdown shows before the first byte is written
+    taken = take_strength(adapters, strength, interpolation)
+    if taken.adapters[0] is not adapters[0]:
+        _refuse_several_names(draft)
+        draft = _placed(base, taken.adapters)
+    tensors = [_with_dtype(tensor, dtype) for tensor in draft.output_tensors(taken.linear)]
+    shards = _shards(base, tensors, max_shard_bytes)
+    changes = dict(draft.config_changes)
+    if dtype != "keep":
+        changes["dtype" if "torch_dtype" not in base.config else "torch_dtype"] = dtype
+    notes = (*draft.notes, *taken.notes)
+    return MergePlan(base, taken.adapters, shards, strength, dtype, changes, notes, interpolation)
+
+
+def _placed(base: Checkpoint, adapters: Sequence[HraAdapter]) -> Draft:
     draft = Draft(base, tuple(adapters))
     for index, adapter in enumerate(adapters):
         for module in adapter.chains:
@@ -49,13 +67,7 @@ def plan_merge(
         for name in adapter.parameters:
             draft.place_parameter(index, name)
     draft.raise_findings()
-    _check_chains(adapters)
-    tensors = [_with_dtype(tensor, dtype) for tensor in draft.output_tensors(strength)]
-    shards = _shards(base, tensors, max_shard_bytes)
-    changes = dict(draft.config_changes)
-    if dtype != "keep":
-        changes["dtype" if "torch_dtype" not in base.config else "torch_dtype"] = dtype
-    return MergePlan(base, tuple(adapters), shards, strength, dtype, changes, tuple(draft.notes))
+    return draft
 
 
 def _refuse_quantized(base: Checkpoint) -> None:
@@ -68,18 +80,20 @@ def _refuse_quantized(base: Checkpoint) -> None:
         )
 
 
-def _check_chains(adapters: Sequence[HraAdapter]) -> None:
-    """Compute every chain once, so that a breakdown shows before the first byte is written."""
-    findings, hint = [], None
-    for adapter in adapters:
-        for module in adapter.chains:
-            try:
-                adapter.reflector(module)
-            except NumericalError as error:
-                findings.append(error.message)
-                hint = error.hint
+def _refuse_several_names(draft: Draft) -> None:
+    """R^t is that of a weight's whole product, which is not made of chains whose targets are called differently."""
+    findings = []
+    for name, regions in draft.folds.items():
+        for sites in regions.values():
+            modules = list(dict.fromkeys(site.module for site in sites))
+            if len(modules) > 1:
+                findings.append(f"{name}: {', '.join(modules)}")
     if findings:
-        raise NumericalError(f"{len(findings)} chains cannot be computed", findings=findings, hint=hint)
+        raise ConversionError(
+            f"{len(findings)} weights carry chains under several names, which have no common strength",
+            findings=findings,
+            hint="`--interpolation linear` takes a part of ΔW instead, which is no rotation",
+        )
 
 
 def _with_dtype(tensor: OutputTensor, dtype: DtypeChoice) -> OutputTensor:

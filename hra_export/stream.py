@@ -94,7 +94,7 @@ class Streamer:
     Args:
         base: the checkpoint that planned segments refer to.
         adapters: the adapters that planned chains refer to.
-        strength: of every fold.
+        strength: s, the part of every ΔW that is folded in.
         device: where folds are computed.
         workers: threads; None takes the cores this process may use, up to `MAX_WORKERS`.
         progress: called with the bytes of each block written, from any thread.

@@ -233,21 +233,46 @@ def test_merge_stores_every_float_in_the_chosen_dtype_rounded_once(folder: Path,
         )
 
 
-def test_merge_at_strength_0_is_the_base_bit_for_bit(folder: Path) -> None:
-    assert merge(folder, "--strength", "0") == toy_tensors()
+@pytest.mark.parametrize("interpolation", ["geodesic", "linear"])
+def test_merge_at_strength_0_is_the_base_bit_for_bit(folder: Path, interpolation: str) -> None:
+    assert merge(folder, "--strength", "0", "--interpolation", interpolation) == toy_tensors()
 
 
-def test_merge_at_half_strength_adds_half_of_the_change(folder: Path) -> None:
+@pytest.mark.parametrize("interpolation", ["geodesic", "linear"])
+def test_merge_at_strength_1_is_the_plain_merge_bit_for_bit(folder: Path, interpolation: str) -> None:
+    plain = merge(folder, output="plain")
+    assert merge(folder, "--strength", "1", "--interpolation", interpolation) == plain
+
+
+def test_merge_at_half_strength_applied_twice_is_the_whole(folder: Path) -> None:
+    """By default a strength is that of a rotation: W R^½ R^½ = W R, which no part of ΔW gives."""
     whole = merge(folder, "--dtype", "float32", output="whole")[f"{Q_PROJ}.weight"].values()
-    half = merge(folder, "--dtype", "float32", "--strength", "0.5", output="half")[f"{Q_PROJ}.weight"].values()
+    merge(folder, "--dtype", "float32", "--strength", "0.5", output="half")
+    again = run(*("merge", folder / "adapter", "--base", folder / "half", "-o", folder / "twice", "--strength", "0.5"))
+    assert again.code == 0, again.stderr
+    twice = read_tensors(folder / "twice")[f"{Q_PROJ}.weight"].values()
+    np.testing.assert_allclose(twice, whole, atol=1e-7)
+
+
+def test_merge_at_half_strength_adds_half_of_the_change_when_it_is_linear(folder: Path) -> None:
+    part = ("--dtype", "float32", "--strength", "0.5", "--interpolation", "linear")
+    whole = merge(folder, "--dtype", "float32", output="whole")[f"{Q_PROJ}.weight"].values()
+    half = merge(folder, *part, output="half")[f"{Q_PROJ}.weight"].values()
     base = toy_tensors()[f"{Q_PROJ}.weight"].values()
     assert np.abs(whole - base).max() > 0.01
     np.testing.assert_allclose(half - base, (whole - base) / 2, atol=1e-8)
 
 
-def test_merge_at_strength_minus_1_is_not_the_inverse(folder: Path) -> None:
-    """It is 2 W − W R, as it says: between and beyond 0 and 1 the weights are no rotation of the base's."""
+def test_merge_at_strength_minus_1_is_the_inverse(folder: Path) -> None:
     minus = merge(folder, "--dtype", "float32", "--strength", "-1")[f"{Q_PROJ}.weight"].values()
+    base = toy_tensors()[f"{Q_PROJ}.weight"].values()
+    np.testing.assert_allclose(minus, base @ chain(folder).T, atol=1e-7)
+
+
+def test_merge_at_linear_strength_minus_1_is_not_the_inverse(folder: Path) -> None:
+    """It is 2 W − W R, as it says: between and beyond 0 and 1 the weights are no rotation of the base's."""
+    options = ("--dtype", "float32", "--strength", "-1", "--interpolation", "linear")
+    minus = merge(folder, *options)[f"{Q_PROJ}.weight"].values()
     base = toy_tensors()[f"{Q_PROJ}.weight"].values()
     rotation = chain(folder)
     np.testing.assert_allclose(minus, 2 * base - base @ rotation, atol=1e-7)
@@ -284,7 +309,7 @@ def test_merge_folds_weights_stored_in_out_block_by_block(
     tensors = {"transformer.wte.weight": embedding, f"{module}.weight": weight}
     write_base(tmp_path / "base", tensors, config={**config, "vocab_size": 50})
     write_adapter_files(tmp_path / "adapter", random_chains({module: 32}))
-    merged = merge(tmp_path, "--strength", "0.75")[f"{module}.weight"]
+    merged = merge(tmp_path, "--strength", "0.75", "--interpolation", "linear")[f"{module}.weight"]
     base = weight.values()
     delta = 0.75 * (chain(tmp_path, module).T @ base - base)
     np.testing.assert_allclose(merged.values(), base + delta, rtol=ROUNDING.get(dtype, 2.0**-50) * 1.001, atol=1e-15)
@@ -375,7 +400,7 @@ def test_merge_into_a_disk_too_small_is_refused_before_the_first_byte(folder: Pa
 
 
 def test_manifest_says_what_was_done(folder: Path) -> None:
-    merged = merge(folder, "--strength", "0.5", "--dtype", "float16")
+    merged = merge(folder, "--strength", "0.5", "--interpolation", "linear", "--dtype", "float16")
     manifest = json.loads((folder / "merged" / MANIFEST_NAME).read_text())
     assert manifest["schema_version"] == 1
     assert manifest["tool"]["name"] == "hra-export"
@@ -384,7 +409,7 @@ def test_manifest_says_what_was_done(folder: Path) -> None:
     assert (adapter["name"], adapter["rank"], adapter["apply_GS"]) == ("adapter", RANK, False)
     assert adapter["targets"] == len(linear_modules())
     assert len(adapter["digest"]) == len(manifest["base"]["fingerprint"]) == 64
-    assert (manifest["strength"], manifest["dtype"]) == (0.5, "float16")
+    assert (manifest["strength"], manifest["interpolation"], manifest["dtype"]) == (0.5, "linear", "float16")
     assert manifest["config_changes"] == {"dtype": "float16"}
     assert manifest["totals"]["folded"] == len(linear_modules())
     assert manifest["totals"]["size_bytes"] == sum(len(tensor.data or b"") for tensor in merged.values())

@@ -1,6 +1,5 @@
 """`hra-export merge`."""
 
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from hra_export.cli.console import Console, size_text, table
 if TYPE_CHECKING:
     from hra_export.merge import MergeReport
     from hra_export.plan import DtypeChoice, MergePlan
+    from hra_export.strength import Interpolation
 
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -35,12 +35,6 @@ class ByteSize(click.ParamType[int]):
         return size
 
 
-def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    if not math.isfinite(value):
-        raise click.BadParameter(f"expected a finite number, got {value}", ctx, param)
-    return value
-
-
 @click.command("merge")
 @options.adapters
 @options.base
@@ -52,7 +46,8 @@ def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     show_default=True,
     help="Storage dtype of floating-point tensors.",
 )
-@click.option("--strength", type=float, default=1.0, show_default=True, callback=_finite, help="T in W + T (W R - W).")
+@options.strength
+@options.interpolation
 @click.option("--max-shard-size", type=ByteSize(), help="Split anew, e.g. 5GB.  [default: the base's shards]")
 @options.device
 @options.dry_run
@@ -64,6 +59,7 @@ def command(
     output: Path,
     dtype: "DtypeChoice",
     strength: float,
+    interpolation: "Interpolation",
     max_shard_size: int | None,
     device: str,
     dry_run: bool,
@@ -90,7 +86,14 @@ def command(
     checkpoint = open_checkpoint(resolve_base(base, read, console))
     protected = [checkpoint.root, *(adapter.path for adapter in read if adapter.path)]
     publish.check_output(output, overwrite=overwrite, protected=protected, manifest_name=MANIFEST_NAME)
-    plan = plan_merge(checkpoint, read, strength=strength, dtype=dtype, max_shard_bytes=max_shard_size)
+    plan = plan_merge(
+        checkpoint,
+        read,
+        strength=strength,
+        interpolation=interpolation,
+        dtype=dtype,
+        max_shard_bytes=max_shard_size,
+    )
     if dry_run:
         console.result(_plan_text(plan, output), {"verb": "merge", "dry_run": True, **_plan_data(plan, output)})
         return
@@ -107,7 +110,9 @@ def command(
 def _plan_data(plan: "MergePlan", output: Path) -> dict[str, object]:
     return {
         "base": str(plan.base.root),
-        "adapters": [adapter.label for adapter in plan.adapters],
+        "adapters": [adapter.label for adapter in plan.sources],
+        "strength": plan.strength,
+        "interpolation": plan.interpolation,
         "output": str(output),
         "files": [shard.name for shard in plan.shards],
         "size_bytes": plan.size_bytes,
@@ -134,6 +139,7 @@ def _plan_text(plan: "MergePlan", output: Path) -> str:
     lines = [
         table(rows, right=(1, 2)),
         f"would write {size_text(plan.size_bytes)} in {files} to `{output}`, folds of {plan.flop() / 1e9:.2f} GFLOP",
+        *options.strength_lines(plan.strength, plan.interpolation),
         *(f"not copied: `{path}`, unmerged weights" for path in plan.base.left_out()),
         *(f"config.json: {key} becomes {value!r}" for key, value in plan.config_changes.items()),
         *(f"note: {note}" for note in plan.notes),

@@ -65,6 +65,8 @@ PRECISIONS = ["keep", "fp32", "fp16", "bf16", "int8", "int4"]
     show_default=True,
     help="Use ONNX Runtime's own fused operators for this kind of device; the graph runs nowhere else.",
 )
+@options.strength
+@options.interpolation
 @options.provider
 @click.option(
     "--validate/--no-validate", default=True, show_default=True, help="Compare what was written with PyTorch."
@@ -107,11 +109,10 @@ def command(
         console.say(f"note: {note}")
     seconds = time.perf_counter() - started
     data = {"verb": "onnx", **_plan_data(plan, output), **_report_data(report), "seconds": seconds}
-    if not validate or plan.source.root.suffix == ".onnx":
+    reason = _not_comparable(plan)
+    if not validate or reason:
         if validate:
-            console.say(
-                "not compared with PyTorch, for the base is a graph: `hra-export validate --base DIRECTORY` does"
-            )
+            console.say(f"not compared with PyTorch, {reason}")
         console.result(_report_text(report, seconds), data)
         return 0
     from hra_export.validation.graphs import validate_graph
@@ -121,6 +122,13 @@ def command(
     text = f"{_report_text(report, seconds)}\n\n{report_text(parity)}"
     console.result(text, {**data, "validation": parity.to_json()})
     return 0 if parity.ok else PARITY_FAILED
+
+
+def _not_comparable(plan: "ExportPlan") -> str:
+    """Why what was written cannot be judged by what the adapters do; empty when it can."""
+    if plan.source.root.suffix == ".onnx":
+        return "for the base is a graph: `hra-export validate --base DIRECTORY` does"
+    return "for at strength 0 the adapters do nothing" if plan.options.strength == 0 else ""
 
 
 def _plan(base: str | None, adapters: list["HraAdapter"], wishes: dict[str, Any], console: Console) -> "ExportPlan":
@@ -153,7 +161,7 @@ def _plan_data(plan: "ExportPlan", output: Path) -> dict[str, object]:
 
     return {
         "base": str(plan.source.root),
-        "adapters": [adapter.label for adapter in plan.adapters],
+        "adapters": [adapter.label for adapter in plan.sources],
         "output": str(output),
         "options": asdict(plan.options),
         "targets": len(plan.targets),
@@ -162,10 +170,11 @@ def _plan_data(plan: "ExportPlan", output: Path) -> dict[str, object]:
 
 
 def _plan_text(plan: "ExportPlan", output: Path) -> str:
-    options, targets = plan.options, f"{len(plan.targets)} targets"
-    how = f"{targets} folded into the weights" if options.mode == "merged" else f"an operator before each of {targets}"
+    chosen, targets = plan.options, f"{len(plan.targets)} targets"
+    how = f"{targets} folded into the weights" if chosen.mode == "merged" else f"an operator before each of {targets}"
     lines = [
-        f"would write `{output}` for {options.runtime}: {how}, {options.precision}, opset {options.opset}",
+        f"would write `{output}` for {chosen.runtime}: {how}, {chosen.precision}, opset {chosen.opset}",
+        *options.strength_lines(chosen.strength, chosen.interpolation),
         *(f"note: {note}" for note in plan.notes),
     ]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Options that several verbs share, each defined once."""
 
+import math
 import re
 from collections.abc import Callable
 from functools import wraps
@@ -29,6 +30,12 @@ class DeviceWord(click.ParamType[str]):
         return word
 
 
+def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"expected a finite number, got {value}", ctx, param)
+    return value
+
+
 adapters = click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 adapter = click.argument("adapter", metavar="ADAPTER")
 base = click.option(
@@ -40,6 +47,32 @@ dry_run = click.option("--dry-run", is_flag=True, help="Print the plan, from hea
 device = click.option(
     "--device", type=DeviceWord(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
+strength = click.option(
+    "--strength",
+    type=float,
+    default=1.0,
+    show_default=True,
+    callback=_finite,
+    help="T: 0 is the base, 1 the adapters, -1 their inverse.",
+)
+strength_asked = click.option(
+    "--strength",
+    type=float,
+    callback=_finite,
+    help="Weights: at which they were merged.  [default: the manifest's, else 1]",
+)
+interpolation = click.option(
+    "--interpolation",
+    type=click.Choice(["geodesic", "linear"]),
+    default="geodesic",
+    show_default=True,
+    help="Of --strength: R^T, which stays a rotation and needs an even rank, or W + T (W R - W).",
+)
+interpolation_asked = click.option(
+    "--interpolation",
+    type=click.Choice(["geodesic", "linear"]),
+    help="Weights: of that strength.  [default: the manifest's, else geodesic]",
+)
 provider = click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda", "tensorrt"]),
@@ -47,6 +80,11 @@ provider = click.option(
     show_default=True,
     help="Where the graph runs.",
 )
+
+
+def strength_lines(strength: float, interpolation: str) -> list[str]:
+    """What a plan says of the adapters' strength; nothing where they act whole."""
+    return [] if strength == 1 else [f"adapters at strength {strength:g}, {interpolation}"]
 
 
 def talk(command: Callable[P, R]) -> Callable[..., R]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PARITY_FAILED = 3
 # Options that only one kind of candidate has.
-OF_WEIGHTS = ("dtype", "strength")
+OF_WEIGHTS = ("dtype", "strength", "interpolation")
 OF_GRAPHS = ("per_layer", "text", "prompts")
 
 
@@ -44,7 +44,8 @@ OF_GRAPHS = ("per_layer", "text", "prompts")
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Weights: storage dtype that was promised.  [default: the manifest's, else the base's]",
 )
-@click.option("--strength", type=float, help="Weights: at which they were merged.  [default: the manifest's, else 1]")
+@options.strength_asked
+@options.interpolation_asked
 @options.talk
 def command(
     adapters: tuple[str, ...],
@@ -99,11 +100,13 @@ def _validate(
     _refuse(asked | ({"provider": provider} if provider != "cpu" else {}), (*OF_GRAPHS, "provider"), "for graphs")
     from hra_export.validation.merged import validate_merged
 
-    return validate_merged(adapters, base, candidate, dtype=asked["dtype"], strength=asked["strength"], say=console.say)
+    chosen = {name: asked[name] for name in OF_WEIGHTS}
+    return validate_merged(adapters, base, candidate, say=console.say, **chosen)
 
 
 def _refuse(asked: dict[str, Any], names: Sequence[str], reason: str) -> None:
-    given = [name for name in names if asked.get(name)]
+    # `--strength 0` is given, and equals False.
+    given = [name for name in names if asked.get(name) not in (None, ()) and asked[name] is not False]
     if given:
         words = ", ".join(f"--{name.rstrip('s').replace('_', '-')}" for name in given)
         raise click.UsageError(f"{words}: not for this candidate ({reason})")

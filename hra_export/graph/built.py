@@ -70,6 +70,12 @@ class BuiltSource:
         if not adapters:
             return self.root
         say("merging" if options.mode == "merged" else "putting biases and saved modules into the base")
-        plan = plan_merge(self.plan.base, adapters, dtype=DTYPE_CHOICES[options.activations])
+        plan = plan_merge(
+            self.plan.base,
+            adapters,
+            strength=options.linear,
+            interpolation="linear",
+            dtype=DTYPE_CHOICES[options.activations],
+        )
         merge_checkpoint(plan, scratch / "merged")
         return scratch / "merged"

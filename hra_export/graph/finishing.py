@@ -70,6 +70,7 @@ def finish_(
     family: str,
     properties: Mapping[str, str],
     blocks: Mapping[str, Matrix],
+    renamed: Mapping[str, str],
 ) -> Finished:
     """Bring a graph into the shape that is written.
 
@@ -80,6 +81,7 @@ def finish_(
         family: what kind of model it belongs to; decides how int8 works.
         properties: for its metadata.
         blocks: what the base's weights are made of, by parameter name, for precision `keep`.
+        renamed: target of an adapter → its name in the graph, where they differ.
 
     Raises:
         GraphError: the graph cannot be brought there.
@@ -92,7 +94,9 @@ def finish_(
     if options.activations in HALVES and _is_float32(model):
         to_half_(model, HALVES[options.activations])
     inputs = tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers)
-    contract = _make_swappable_(model, [_part(adapter, reflections) for adapter in adapters], options)
+    known = {path: name for path, name in renamed.items() if name in reflections}
+    parts = [_part(adapter, {*reflections, *known}) for adapter in adapters]
+    contract = _make_swappable_(model, parts, options, known)
     forms = lower_(model) if options.plain_ops else {}
     if any(is_reflection(node) for node in ir.traversal.RecursiveGraphIterator(model.graph)):
         declare_(model)
@@ -104,7 +108,7 @@ def finish_(
 
 
 def write_adapters(
-    adapters: Sequence[HraAdapter], contract: SwapContract, folder: Path, *, graph: str
+    adapters: Sequence[HraAdapter], contract: SwapContract, folder: Path, *, graph: str, strength: float = 1.0
 ) -> dict[str, Path]:
     """Each adapter as a file for a swappable graph.
 
@@ -113,6 +117,7 @@ def write_adapters(
         contract: of the graph.
         folder: an existing one, where they are written.
         graph: stem of the graph's file.
+        strength: s in R → I + s (R − I).
 
     Returns:
         Name in the output directory → file.
@@ -123,8 +128,8 @@ def write_adapters(
         name = adapter.path.name if adapter.path is not None else f"adapter{index}"
         if f"{ADAPTER_FOLDER}/{name}{ending}" in found:
             name = f"{name}-{index}"
-        own = _part(adapter, {site.target for site in contract.sites})
-        for path in write_adapter_file(folder / f"{name}{ending}", [own], contract):
+        own = _part(adapter, {site.target for site in contract.sites} | contract.renamed.keys())
+        for path in write_adapter_file(folder / f"{name}{ending}", [own], contract, strength=strength):
             found[f"{ADAPTER_FOLDER}/{path.name}"] = path
     return found
 
@@ -169,12 +174,17 @@ def _is_float32(model: ir.Model) -> bool:
     return not any(value.dtype in DTYPES.values() for value in model.graph.initializers.values())
 
 
-def _make_swappable_(model: ir.Model, adapters: Sequence[HraAdapter], options: GraphOptions) -> SwapContract | None:
+def _make_swappable_(
+    model: ir.Model, adapters: Sequence[HraAdapter], options: GraphOptions, renamed: Mapping[str, str]
+) -> SwapContract | None:
     chosen = adapters if options.default == "adapter" else ()
     if options.swap == "adapter":
-        return make_swappable_(model, default=chosen[:1], baked=adapters[:1])
+        return make_swappable_(model, default=chosen[:1], baked=adapters[:1], renamed=renamed, strength=options.linear)
     if options.swap == "rows":
-        contract = make_row_swappable_(model, default=[[adapter] for adapter in chosen], baked=adapters[:1])
+        defaults = [[adapter] for adapter in chosen]
+        contract = make_row_swappable_(
+            model, default=defaults, baked=adapters[:1], renamed=renamed, strength=options.linear
+        )
         if options.plain_ops:
             lower_rows_(model)
         return contract

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from hra_export.adapter import HraAdapter
 from hra_export.errors import DeviceError, GraphError
@@ -28,8 +27,8 @@ from hra_export.graph.genai_names import builder_names, wants_separate_attention
 from hra_export.graph.insertion import insert_reflections_
 from hra_export.graph.making import MadeGraphs
 from hra_export.graph.options import GraphOptions, Provider
-from hra_export.graph.swap_sites import SwapContract
-from hra_export.graph.values import Array, TensorSpec
+from hra_export.graph.swapping import read_contract
+from hra_export.graph.values import Array
 
 DATA_NAME = f"{GRAPH_NAME}.data"
 # A generator that takes the likeliest token, whatever the directory's own defaults are.
@@ -76,7 +75,7 @@ def build_genai(directory: Path, adapters: Sequence[HraAdapter], scratch: Path, 
     check_config(config, model.graph)
     notes = correct_(model, resolved_config(directory))
     if chains:
-        notes += insert_reflections_(model, chains, rename=names).notes
+        notes += insert_reflections_(model, chains, rename=names, strength=options.linear).notes
     known = {GRAPH_NAME, DATA_NAME, CONFIG_NAME}
     extra = [path for path in sorted(built.iterdir()) if path.is_file() and path.name not in known]
     files = {path.name: path.read_bytes() for path in extra if not (directory / path.name).exists()}
@@ -167,8 +166,7 @@ class GenaiModel:
         if name in self._names:
             raise ValueError(f"adapter `{name}` is loaded already")
         model = document.open_graph(self.directory / GRAPH_NAME)
-        optional = [_spec(value) for value in model.graph.inputs if value.name in model.graph.initializers]
-        contract = SwapContract.of(optional, model.metadata_props)
+        contract = read_contract(model)
         if contract is None:
             raise GraphError(f"`{self.directory}` takes no adapters", hint="export it with --swappable")
         read_adapter_file(path).check(contract)
@@ -220,13 +218,6 @@ def _import() -> Any:
         raise DeviceError("ONNX Runtime GenAI is missing", findings=[str(error)], hint=INSTALL) from error
     onnxruntime_genai.disable_telemetry_events()
     return onnxruntime_genai
-
-
-def _spec(value: ir.Value) -> TensorSpec:
-    assert value.dtype is not None
-    assert value.shape is not None
-    sizes = tuple(size if isinstance(size, int) else size.value for size in value.shape)
-    return TensorSpec(str(value.name), value.dtype.numpy().name, sizes)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class InsertedSource:
         say(f"inserting reflections into `{self.path}`")
         model = open_graph(self.path)
         adapters = self.adapters if options.swap == "none" else (all_targets(self.adapters),)
-        report = insert_reflections_(model, adapters)
+        report = insert_reflections_(model, adapters, strength=options.linear)
         return MadeGraphs({"model": model}, family_of(model), "", report.notes, {}, self._companions())
 
     def _companions(self) -> dict[str, Path]:

@@ -61,6 +61,7 @@ def insert_reflections_(
     rename: Mapping[str, str] | None = None,
     out_features: Mapping[str, int] | None = None,
     dtype: ir.DataType | None = None,
+    strength: float = 1.0,
 ) -> InsertionReport:
     """Put adapters into the graph of their base, in place; several compose as W R_1 R_2 ….
 
@@ -72,6 +73,7 @@ def insert_reflections_(
         rename: target → the module path or the node name that it has in this graph, where it cannot be guessed.
         out_features: target → o, to split a packed product whose parts the graph does not tell.
         dtype: of U and V where the graph does not say what its activations are.
+        strength: s in W + s (W R − W).
 
     Raises:
         MismatchError: a target without a site or with several, a shape that disagrees, a site that is reflected
@@ -101,7 +103,7 @@ def insert_reflections_(
             findings=findings,
             hint="`rename` maps a target to the module path or the node name that it has in the graph",
         )
-    constants = {target: _constants(target, users, matches, dtype) for target, users in chains.items()}
+    constants = {target: _constants(target, users, matches, dtype, strength) for target, users in chains.items()}
     split = _split_(matches, sizes)
     for target, pair in constants.items():
         _insert_(model, target, matches.sites[target], pair)
@@ -156,24 +158,27 @@ def _split_findings(matches: Matches, sizes: Mapping[int, Sequence[int] | None])
 
 
 def _constants(
-    target: str, adapters: Sequence[HraAdapter], matches: Matches, dtype: ir.DataType | None
+    target: str, adapters: Sequence[HraAdapter], matches: Matches, dtype: ir.DataType | None, strength: float
 ) -> tuple[Tensor, Tensor]:
     """U and V of a target, or A and B of a convolution."""
     site = _first_sites(matches)[target]
     blocks = [adapter.reflector(target) for adapter in adapters]
     torch_dtype = DTYPES[site.dtype or dtype or ir.DataType.FLOAT]
     if site.kind == "convolution":
-        return _small_kernels(site, blocks, torch_dtype)
-    return operands(blocks, torch_dtype, rows=site.kind == "lookup")
+        return _small_kernels(site, blocks, torch_dtype, strength)
+    return operands(blocks, torch_dtype, rows=site.kind == "lookup", strength=strength)
 
 
-def _small_kernels(site: Site, blocks: Sequence[BlockReflector], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A (r, in, kh, kw) and B (o, r, 1, 1) with ΔW = B A."""
+def _small_kernels(
+    site: Site, blocks: Sequence[BlockReflector], dtype: torch.dtype, strength: float
+) -> tuple[Tensor, Tensor]:
+    """A (r, in, kh, kw) and B (o, r, 1, 1) with s ΔW = B A."""
     assert site.weight is not None
     kernel = torch.from_numpy(site.weight.array().astype("float64"))
     rows = kernel.reshape(kernel.shape[0], -1)
     whole = householder.compose(blocks[0], *blocks[1:])
-    b, a = householder.balanced(*householder.low_rank_factors(rows, whole))
+    b, a = householder.low_rank_factors(rows, whole)
+    b, a = householder.balanced(strength * b, a)
     return a.reshape(-1, *kernel.shape[1:]).to(dtype).contiguous(), b[:, :, None, None].to(dtype).contiguous()
 
 

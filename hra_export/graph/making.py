@@ -26,6 +26,7 @@ class MadeGraphs:
         notes: what a user should know, one sentence each.
         files: further files, by name.
         companions: files to copy, by their name in the output.
+        renamed: target of an adapter → its name in the graphs, where they differ.
     """
 
     graphs: Mapping[str, ir.Model]
@@ -34,6 +35,7 @@ class MadeGraphs:
     notes: tuple[str, ...] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)
     companions: Mapping[str, Path] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 class GraphSource(Protocol):

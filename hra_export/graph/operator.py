@@ -25,7 +25,9 @@ OPERATOR = "HouseholderReflection"
 VERSION = 1
 
 
-def operands(blocks: Sequence[BlockReflector], dtype: torch.dtype, *, rows: bool = False) -> tuple[Tensor, Tensor]:
+def operands(
+    blocks: Sequence[BlockReflector], dtype: torch.dtype, *, rows: bool = False, strength: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """U and V of a target's chains, computed in float64, balanced, and rounded once.
 
     As −U S Uᵀ they would cancel in half precision: the paired start of PEFT leaves nearly parallel columns, whose
@@ -35,14 +37,22 @@ def operands(blocks: Sequence[BlockReflector], dtype: torch.dtype, *, rows: bool
         blocks: the chains of one target in the order of W R_1 R_2 …, float64.
         dtype: of the activations.
         rows: R and not Rᵀ, for the looked-up rows of an embedding.
+        strength: s in I + s (R − I).
 
     Returns:
         U (d, r) and V (r, d), contiguous; r is the sum of the ranks.
     """
+    left, right = householder.balanced(*exact_operands(blocks, rows=rows, strength=strength))
+    return left.to(dtype).contiguous(), right.to(dtype).contiguous()
+
+
+def exact_operands(
+    blocks: Sequence[BlockReflector], *, rows: bool = False, strength: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """U (d, r) and V (r, d) in float64, not balanced; arguments as of `operands`."""
     whole = householder.compose(blocks[0], *blocks[1:])
     s = whole.t if rows else whole.t.T
-    left, right = householder.balanced(whole.u, -s @ whole.u.T)
-    return left.to(dtype).contiguous(), right.to(dtype).contiguous()
+    return whole.u, -strength * (s @ whole.u.T)
 
 
 def trace(x: Tensor, u: Tensor, v: Tensor) -> Tensor:

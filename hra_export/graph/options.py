@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from hra_export.strength import Interpolation, check_strength, linear_part
+
 Mode = Literal["merged", "reflect"]
 Runtime = Literal["ort", "genai"]
 Precision = Literal["keep", "fp32", "fp16", "bf16", "int8", "int4"]
@@ -32,6 +34,8 @@ class GraphOptions:
         plain_ops: no operator and no function, only ONNX's own operators in their fastest form.
         opset: version of the ONNX domain.
         fusions: the runtime's own fused operators, for one kind of provider.
+        strength: t of the adapters' R^t, or of W + t (W R − W).
+        interpolation: which of the two.
 
     Raises:
         ValueError: wishes that exclude each other.
@@ -48,8 +52,11 @@ class GraphOptions:
     plain_ops: bool = False
     opset: int = 20
     fusions: Fusions = "none"
+    strength: float = 1.0
+    interpolation: Interpolation = "geodesic"
 
     def __post_init__(self) -> None:
+        check_strength(self.strength, self.interpolation)
         if self.swap != "none" and self.mode == "merged":
             raise ValueError("a merged graph has no adapter to swap: ask for reflect")
         if self.swap == "rows" and self.runtime == "genai":
@@ -67,3 +74,8 @@ class GraphOptions:
         if self.precision in FLOATS:
             return FLOATS[self.precision]
         return torch.float32 if self.provider == "cpu" else torch.float16
+
+    @property
+    def linear(self) -> float:
+        """The factor of every ΔW; a part of a rotation is in the adapters themselves."""
+        return linear_part(self.strength, self.interpolation)

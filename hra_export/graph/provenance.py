@@ -12,6 +12,7 @@ from hra_export.errors import GraphError
 from hra_export.graph.document import MAX_IR_VERSION, MAX_OPSET, MIN_OPSET
 
 FORMAT_VERSION = "1"
+STRENGTH_KEY, INTERPOLATION_KEY = "hra.strength", "hra.interpolation"
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # node → module path; the key that says which module a node came from
 MIN_IR_VERSION = 10  # functions, bfloat16 and int4; what torch and the GenAI builder write
 TOOLS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript")
@@ -39,6 +40,22 @@ def provenance(*, mode: str, base_fingerprint: str, adapters: Sequence[HraAdapte
         **further,
     }
     return {f"hra.{key}": value for key, value in described.items()}
+
+
+def stated_strength(model: ir.Model) -> dict[str, object]:
+    """`strength` and `interpolation` of the adapters in a graph, as it says itself; empty when it does not.
+
+    Raises:
+        GraphError: the metadata are damaged.
+    """
+    properties = model.metadata_props
+    if STRENGTH_KEY not in properties:
+        return {}
+    try:
+        strength = json.loads(properties[STRENGTH_KEY])
+    except ValueError as error:
+        raise GraphError(f"the graph's metadata are damaged: `{STRENGTH_KEY}` is no number") from error
+    return {"strength": strength, "interpolation": properties.get(INTERPOLATION_KEY)}
 
 
 def describe_(model: ir.Model, properties: Mapping[str, str]) -> None:

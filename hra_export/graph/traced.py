@@ -50,7 +50,7 @@ class TracedSource:
         say(f"loading `{self.root}`")
         model, missing = load_model(self.plan.base, {**self.plan.base.config, **self.plan.config_changes})
         adapters = self.plan.adapters if options.swap == "none" else (all_targets(self.plan.adapters),)
-        attachment = attach(model, *adapters)
+        attachment = attach(model, *adapters, strength=options.linear, interpolation="linear")
         if untrained := missing - {name for adapter in adapters for name in adapter.parameters}:
             raise CheckpointError(
                 f"base `{self.root}` lacks parameters that no adapter brings", findings=sorted(untrained)
@@ -70,7 +70,7 @@ class TracedSource:
             )
         files = graph_files(self.plan, options)
         companions = {name: path for name, path in graph_companions(self.plan).items() if name not in files}
-        return MadeGraphs(graphs, specs[0].family, specs[0].task, notes, files, companions)
+        return MadeGraphs(graphs, specs[0].family, specs[0].task, notes, files, companions, attachment.renamed)
 
 
 def graph_companions(plan: MergePlan) -> dict[str, Path]:

@@ -66,18 +66,19 @@ class TracedEmbedding(TracedLayer):
 
 
 class TracedConv2d(TracedModule):
-    """conv(x, W) + conv1×1(conv(x, A), B) with ΔW = B A, all constants."""
+    """conv(x, W) + conv1×1(conv(x, A), B) with s ΔW = B A, all constants."""
 
     base_layer: nn.Conv2d
     hra_A: Tensor  # noqa: N815
     hra_B: Tensor  # noqa: N815
 
-    def __init__(self, base_layer: nn.Conv2d, blocks: Sequence[BlockReflector]) -> None:
+    def __init__(self, base_layer: nn.Conv2d, blocks: Sequence[BlockReflector], *, strength: float = 1.0) -> None:
         super().__init__()
         self.base_layer = base_layer
         weight = base_layer.weight
         rows = weight.detach().reshape(weight.shape[0], -1).to(torch.float64)
-        b, a = householder.balanced(*householder.low_rank_factors(rows, householder.compose(blocks[0], *blocks[1:])))
+        b, a = householder.low_rank_factors(rows, householder.compose(blocks[0], *blocks[1:]))
+        b, a = householder.balanced(strength * b, a)
         self.register_buffer("hra_A", a.reshape(-1, *weight.shape[1:]).to(weight.dtype))  # (r, in, kh, kw)
         self.register_buffer("hra_B", b[:, :, None, None].to(weight.dtype))  # (o, r, 1, 1)
 
@@ -98,7 +99,7 @@ def make_traceable_(attachment: Attachment) -> tuple[str, ...]:
     """Replace the live layers of a float32 model by traceable ones, in place and for good.
 
     Args:
-        attachment: adapters at work, at strength 1.
+        attachment: adapters at work.
 
     Returns:
         The targets that were folded instead.
@@ -121,8 +122,8 @@ def _traced(layer: ReflectedLayer) -> nn.Module:
         for chain in chains_of(layer)
     ]
     if isinstance(layer, ReflectedConv2d):
-        return TracedConv2d(layer.base_layer, blocks).eval()
+        return TracedConv2d(layer.base_layer, blocks, strength=layer.strength).eval()
     is_embedding = isinstance(layer, ReflectedEmbedding)
-    u, v = operands(blocks, torch.float32, rows=is_embedding)
+    u, v = operands(blocks, torch.float32, rows=is_embedding, strength=layer.strength)
     kind = TracedEmbedding if is_embedding else TracedLayer
     return kind(layer.base_layer, u, v).eval()

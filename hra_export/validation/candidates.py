@@ -1,18 +1,22 @@
 """What a candidate is: a merged directory, or ONNX graphs from here, from ONNX Runtime GenAI or from elsewhere."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hra_export.checkpoint import MANIFEST_NAME
-from hra_export.errors import GraphError
+from hra_export.errors import FormatError, GraphError
 from hra_export.graph.document import open_graph
+from hra_export.graph.provenance import stated_strength
 from hra_export.graph.signature import Signature, read_signature
+from hra_export.strength import INTERPOLATIONS, Interpolation
 from hra_export.tensorfile import strict_json
 
 GENAI_CONFIG = "genai_config.json"
 ADAPTER_SUFFIX = ".onnx_adapter"
+Strength = tuple[float, Interpolation]
 CACHE_IN = "past_key_values."
 # File names of others → what the graph is; the first that is there wins.
 KNOWN_NAMES = {
@@ -37,7 +41,8 @@ class GraphCandidate:
     Attributes:
         root: the directory that holds them.
         graphs: `model`, or `encoder` and `decoder` → graph.
-        manifest: what `hra-export onnx` said about them; empty when they came from elsewhere.
+        manifest: what `hra-export onnx` said about them, of a single file its strength; empty when they came from
+            elsewhere.
         genai: the parsed `genai_config.json`; None without one.
     """
 
@@ -93,12 +98,30 @@ def open_candidate(path: Path) -> GraphCandidate:
         GraphError: no graph, graphs whose part in the model cannot be told, or a graph that cannot be used.
     """
     root = path if path.is_dir() else path.parent
-    manifest = _parsed(root / MANIFEST_NAME) if path.is_dir() else {}
+    manifest = _parsed(root / MANIFEST_NAME) if path.is_dir() else stated_strength(open_graph(path))
     genai = _parsed(root / GENAI_CONFIG) if path.is_dir() and (root / GENAI_CONFIG).is_file() else None
     files = {"model": path} if path.is_file() else _files(root, manifest, genai)
     width = None if genai is None else genai["model"]["decoder"].get("head_size")
     graphs = {role: GraphFile(file, _sized(read_signature(open_graph(file)), width)) for role, file in files.items()}
     return GraphCandidate(root, graphs, manifest, genai)
+
+
+def promised_strength(said: Mapping[str, Any]) -> Strength:
+    """The strength of adapters, and its interpolation, as whatever was made with them says.
+
+    Args:
+        said: a manifest, or what lies beside an adapter file. Older ones name no interpolation, and mean linear.
+
+    Raises:
+        FormatError: it says something that means nothing.
+    """
+    value = said.get("strength", 1.0)
+    named = said.get("interpolation", "linear" if "strength" in said else "geodesic")
+    interpolation = next((word for word in INTERPOLATIONS if word == named), None)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if interpolation is None or not is_number or not math.isfinite(value):
+        raise FormatError(f"a manifest names a strength that means nothing: {value!r}, {named!r}")
+    return float(value), interpolation
 
 
 def _files(root: Path, manifest: Mapping[str, Any], genai: Mapping[str, Any] | None) -> dict[str, Path]:

@@ -76,7 +76,8 @@ def validate_graph(
     trials = []
     for case in cases:
         tell(f"reference: base with live HRA layers{case.suffix}")
-        reference = make_reference(checkpoint, case.adapters, config)
+        strength, interpolation = case.strength
+        reference = make_reference(checkpoint, case.adapters, config, strength=strength, interpolation=interpolation)
         trial = Trial(question, found, case, reference, config, tokenizer)
         trial.run(tell)
         trials.append(trial)

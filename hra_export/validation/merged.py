@@ -23,8 +23,10 @@ from hra_export.checkpoint import MANIFEST_NAME, Checkpoint, open_checkpoint
 from hra_export.errors import CheckpointError, UnsupportedModelError
 from hra_export.loading import load_model
 from hra_export.parity import OutputParity, ParityReport
+from hra_export.strength import Interpolation
 from hra_export.tensorfile import DTYPES, FLOAT_DTYPES, strict_json
 from hra_export.tolerance import TOLERANCES
+from hra_export.validation.candidates import promised_strength
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def validate_merged(
     *,
     dtype: str | None = None,
     strength: float | None = None,
+    interpolation: Interpolation | None = None,
     say: Say | None = None,
 ) -> ParityReport:
     """Compare a merged directory with the base under live HRA layers.
@@ -78,10 +81,12 @@ def validate_merged(
         candidate: the directory to judge.
         dtype: the storage dtype that was promised; None takes the candidate's manifest, then the base's own.
         strength: at which the adapters were folded; None takes the candidate's manifest, then 1.
+        interpolation: of that strength; None takes the candidate's manifest, then geodesic.
         say: told about each stage.
 
     Raises:
         CheckpointError: base or candidate cannot be read, or are not models of the same kind.
+        ConversionError: adapters that have no such strength.
         MismatchError: the adapter does not fit the base.
         UnsupportedModelError: no input is known for this kind of model.
     """
@@ -90,11 +95,12 @@ def validate_merged(
     manifest = _manifest(written)
     promised = dtype or _promised_dtype(original, manifest)
     findings = _dtype_findings(written, promised)
-    folded_at = float(manifest.get("strength", 1.0)) if strength is None else strength
+    promised_at, promised_how = promised_strength(manifest)
+    folded_at, how = promised_at if strength is None else strength, interpolation or promised_how
     tell("reference: base with live HRA layers")
     model, missing = load_model(original, written.config)
     probes = list(_probes(model, written))
-    attachment = attach(model, *adapters, strength=folded_at)
+    attachment = attach(model, *adapters, strength=folded_at, interpolation=how)
     reference = {probe.name: probe.run(model) for probe in probes}
     tokens = _greedy(model)
     findings += [f"{path}: this target never ran, its chain has no effect" for path in attachment.unused()]

@@ -15,6 +15,7 @@ from hra_export.adapter import HraAdapter
 from hra_export.attachment import Attachment, attach
 from hra_export.checkpoint import Checkpoint
 from hra_export.loading import load_model
+from hra_export.strength import Interpolation
 
 # Results that are hidden states, under the names graphs give them.
 LAST_HIDDEN = ("last_hidden_state", "hidden_states")
@@ -85,7 +86,12 @@ class Reference:
 
 
 def make_reference(
-    base: Checkpoint, adapters: Sequence[HraAdapter], config: Mapping[str, Any], *, strength: float = 1.0
+    base: Checkpoint,
+    adapters: Sequence[HraAdapter],
+    config: Mapping[str, Any],
+    *,
+    strength: float = 1.0,
+    interpolation: Interpolation = "geodesic",
 ) -> Reference:
     """Load a base and put adapters to work in it.
 
@@ -93,14 +99,16 @@ def make_reference(
         base: the weights.
         adapters: in the order they compose.
         config: of the candidate: its class and labels.
-        strength: at which the adapters were folded.
+        strength: at which the adapters work.
+        interpolation: of that strength.
 
     Raises:
+        ConversionError: adapters that have no such strength.
         CheckpointError: the base cannot be loaded.
         MismatchError: the adapters do not fit it.
     """
     model, missing = load_model(base, config)
-    return Reference(model, attach(model, *adapters, strength=strength), missing)
+    return Reference(model, attach(model, *adapters, strength=strength, interpolation=interpolation), missing)
 
 
 def _watcher(path: str, see: Callable[[str, Tensor], None]) -> Callable[..., None]:
