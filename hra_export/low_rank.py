@@ -125,7 +125,8 @@ class HraSource:
     @property
     def paths(self) -> tuple[Path, ...]:
         """The adapters' directories."""
-        return tuple(adapter.path for adapter in self.adapters if adapter.path is not None)
+        sources = (source for adapter in self.adapters for source in adapter.sources)
+        return tuple(source.path for source in sources if source.path is not None)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -187,8 +188,8 @@ class HraSource:
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def entries(self) -> list[dict[str, object]]:
-        """The adapters' own."""
-        return [adapter.entry() for adapter in self.adapters]
+        """The adapters' own, and of what they were made of."""
+        return [entry for adapter in self.adapters for entry in adapter.entries()]
 
     def misfit(self, weight: TargetWeight) -> str | None:
         """U has a row for each column of W."""

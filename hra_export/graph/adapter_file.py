@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from hra_export.adapter import HraAdapter
-from hra_export.errors import FormatError, MismatchError
+from hra_export.errors import FormatError, MismatchError, NumericalError
 from hra_export.graph import runtime
 from hra_export.graph.bank import stack_parameters
 from hra_export.graph.operator import operands
 from hra_export.graph.swap_sites import SwapContract
 from hra_export.graph.values import BFLOAT16, Array
+from hra_export.householder import compose
+from hra_export.rotation import decompose
+from hra_export.strength import Interpolation
 from hra_export.tensorfile import strict_json
 
 SCHEMA_VERSION = 1
@@ -70,15 +73,52 @@ class AdapterFile:
         contract.check(self.parameters, str(self.path))
 
 
-def adapter_parameters(adapters: Sequence[HraAdapter], contract: SwapContract) -> dict[str, Array]:
+@dataclass(frozen=True)
+class AdapterContent:
+    """An adapter file that is not written yet.
+
+    Attributes:
+        parameters: name of an input → its value.
+        fingerprint: of the graph that takes them, hex.
+        digest: of what they were made of.
+        described: further keys of the file beside it.
+    """
+
+    parameters: Mapping[str, Array]
+    fingerprint: str
+    digest: str
+    described: Mapping[str, Any]
+
+    def write(self, path: Path, beside: Path) -> None:
+        """Write the file, and what describes it; equal contents make equal bytes.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        adapter, model = version_of(self.digest), version_of(self.fingerprint)
+        runtime.write_adapter_format(path, self.parameters, adapter=adapter, model=model)
+        description = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "onnx_adapter",
+            "sha256": _file_digest(path),
+            "fingerprint": self.fingerprint,
+            **self.described,
+        }
+        beside.write_bytes((json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode(errors="replace"))
+
+
+def adapter_parameters(
+    adapters: Sequence[HraAdapter], contract: SwapContract, *, strength: float = 1.0
+) -> dict[str, Array]:
     """U and V of every place of a graph, rounded once to the graph's type; rank 0 where no adapter has a chain.
 
     Args:
         adapters: composed in the order of W R_1 R_2 ….
         contract: of the graph.
+        strength: s in R → I + s (R − I); 0 is rank 0 everywhere.
 
     Returns:
-        `<target>.hra_U` (d, r) and `<target>.hra_V` (r, d).
+        `<target>.hra_U` (d, r) and `<target>.hra_V` (r, d), r the fewest reflections that give the chain.
 
     Raises:
         MismatchError: a target has no place in the graph or another width there, or the parameters that were trained
@@ -94,21 +134,70 @@ def adapter_parameters(adapters: Sequence[HraAdapter], contract: SwapContract) -
         )
     parameters: dict[str, Array] = {}
     for site in contract.sites:
-        blocks = [adapter.reflector(site.target) for adapter in adapters if site.target in adapter.chains]
+        names = contract.names(site.target)
+        blocks = [adapter.reflector(name) for adapter in adapters for name in names if name in adapter.chains]
         dtype = getattr(torch, site.dtype)
         u, v = torch.zeros(site.size, 0, dtype=dtype), torch.zeros(0, site.size, dtype=dtype)
-        if blocks:
-            u, v = operands(blocks, dtype, rows=site.embedding)
-        parameters |= {site.u: _array(u), site.v: _array(v)}
+        if blocks and strength:
+            rank = decompose(compose(blocks[0], *blocks[1:])).rank
+            u, v = operands(blocks, dtype, rows=site.embedding, strength=strength)
+            u, v = u[:, :rank].contiguous(), v[:rank]  # directions come largest first; pairs that cancel have none
+        parameters |= {site.u: to_numpy(u), site.v: to_numpy(v)}
+    overflows = sorted(name for name, value in parameters.items() if not np.isfinite(value).all())
+    if overflows:
+        raise NumericalError("U and V leave the range of the graph's type", findings=overflows)
     return parameters
 
 
-def stack_operands(adapters: Sequence[Sequence[HraAdapter]], contract: SwapContract) -> dict[str, Array]:
+def adapter_content(adapters: Sequence[HraAdapter], contract: SwapContract, *, strength: float = 1.0) -> AdapterContent:
+    """What an adapter file of a swappable graph holds.
+
+    Args:
+        adapters: composed in the order of W R_1 R_2 ….
+        contract: of the graph.
+        strength: as of `adapter_parameters`.
+
+    Raises:
+        MismatchError, NumericalError: as `adapter_parameters`.
+    """
+    parameters = adapter_parameters(adapters, contract, strength=strength)
+    digests = [adapter.digest or _digest(adapter.chains) for adapter in adapters]
+    sources = [source for adapter in adapters for source in adapter.sources]
+    asked, interpolation = _asked_strength(adapters, strength)
+    described = {
+        "adapters": [
+            {
+                "name": source.path.name if source.path else None,
+                "digest": source.digest or _digest(source.chains),
+                "rank": source.rank,
+                "apply_GS": source.orthogonalize,
+            }
+            for source in sources
+        ],
+        "strength": asked,
+        "interpolation": interpolation,
+        "ranks": {site.target: parameters[site.u].shape[1] for site in contract.sites},
+    }
+    changed = [] if strength == 1 else [str(strength)]
+    return AdapterContent(parameters, contract.fingerprint, "".join([*digests, *changed]), described)
+
+
+def _asked_strength(adapters: Sequence[HraAdapter], linear: float) -> tuple[float, Interpolation]:
+    """As a user gave it: a part of a rotation is in the adapters themselves."""
+    if linear != 1:
+        return linear, "linear"
+    return next((adapter.origin.strength for adapter in adapters if adapter.origin is not None), 1.0), "geodesic"
+
+
+def stack_operands(
+    adapters: Sequence[Sequence[HraAdapter]], contract: SwapContract, *, strength: float = 1.0
+) -> dict[str, Array]:
     """What a graph whose rows name their adapters is fed: all adapters at once, behind one of zeros, the base.
 
     Args:
         adapters: each a composition in the order of W R_1 R_2 …; adapter i has the index i + 1.
         contract: of the graph.
+        strength: of each, as of `adapter_parameters`.
 
     Returns:
         `<target>.hra_U` (a + 1, d, r) and `<target>.hra_V` (a + 1, r, d), smaller ranks padded with zeros.
@@ -116,16 +205,20 @@ def stack_operands(adapters: Sequence[Sequence[HraAdapter]], contract: SwapContr
     Raises:
         MismatchError, NumericalError: as `adapter_parameters`.
     """
-    return stack_parameters([adapter_parameters(each, contract) for each in adapters], contract.sites)
+    parameters = [adapter_parameters(each, contract, strength=strength) for each in adapters]
+    return stack_parameters(parameters, contract.sites)
 
 
-def write_adapter_file(path: Path, adapters: Sequence[HraAdapter], contract: SwapContract) -> tuple[Path, Path]:
+def write_adapter_file(
+    path: Path, adapters: Sequence[HraAdapter], contract: SwapContract, *, strength: float = 1.0
+) -> tuple[Path, Path]:
     """Write `NAME.onnx_adapter` and what describes it; equal inputs make equal bytes.
 
     Args:
         path: ends in `.onnx_adapter`; in a folder that exists.
         adapters: composed in the order of W R_1 R_2 ….
         contract: of the graph.
+        strength: as of `adapter_parameters`.
 
     Returns:
         The two files.
@@ -136,29 +229,8 @@ def write_adapter_file(path: Path, adapters: Sequence[HraAdapter], contract: Swa
     """
     if path.suffix != SUFFIX:
         raise ValueError(f"path: expected a name that ends in `{SUFFIX}`, got `{path.name}`")
-    parameters = adapter_parameters(adapters, contract)
-    digests = [adapter.digest or _digest(adapter.chains) for adapter in adapters]
-    runtime.write_adapter_format(
-        path, parameters, adapter=version_of("".join(digests)), model=version_of(contract.fingerprint)
-    )
-    description = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "onnx_adapter",
-        "sha256": _file_digest(path),
-        "fingerprint": contract.fingerprint,
-        "adapters": [
-            {
-                "name": adapter.path.name if adapter.path else None,
-                "digest": digest,
-                "rank": adapter.rank,
-                "apply_GS": adapter.orthogonalize,
-            }
-            for adapter, digest in zip(adapters, digests, strict=True)
-        ],
-        "ranks": {site.target: parameters[site.u].shape[1] for site in contract.sites},
-    }
-    beside = _beside(path)
-    beside.write_bytes((json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode(errors="replace"))
+    beside = described_by(path)
+    adapter_content(adapters, contract, strength=strength).write(path, beside)
     return path, beside
 
 
@@ -170,7 +242,7 @@ def read_adapter_file(path: Path) -> AdapterFile:
         OutputError: it cannot be read.
     """
     parameters, adapter_version, model_version = runtime.read_adapter_format(path)
-    beside = _beside(path)
+    beside = described_by(path)
     description = strict_json(beside, beside.read_bytes()) if beside.is_file() else {}
     if not isinstance(description, dict):
         raise FormatError(f"`{beside}`: expected a JSON object, got {type(description).__name__}")
@@ -199,10 +271,11 @@ def _unfit(adapters: Sequence[HraAdapter], contract: SwapContract) -> list[str]:
     findings = []
     for adapter in adapters:
         for target, vectors in sorted(adapter.chains.items()):
-            if target not in sites:
+            site = sites.get(contract.renamed.get(target, target))
+            if site is None:
                 findings.append(f"{target}: no such place in the graph")
-            elif len(vectors) != sites[target].size:
-                findings.append(f"{target}: expected {sites[target].size} rows of U, got {len(vectors)}")
+            elif len(vectors) != site.size:
+                findings.append(f"{target}: expected {site.size} rows of U, got {len(vectors)}")
     if parameters_digest(adapters) != contract.baked:
         names = sorted({name for adapter in adapters for name in adapter.parameters})
         findings.append(f"parameters beside the chains are not those in the graph: {', '.join(names) or 'none'}")
@@ -217,7 +290,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _array(tensor: Tensor) -> Array:
+def to_numpy(tensor: Tensor) -> Array:
+    """A tensor on the CPU as an array, bfloat16 included."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(BFLOAT16)
     return np.asarray(tensor.numpy())
@@ -228,5 +302,6 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _beside(path: Path) -> Path:
+def described_by(path: Path) -> Path:
+    """Where the description of an adapter file lies."""
     return path.with_name(path.name + ".json")

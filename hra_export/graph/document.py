@@ -41,6 +41,7 @@ def open_graph(path: Path) -> ir.Model:
         OutputError: the file system does not let us read it.
     """
     proto = _read_proto(path)
+    _drop_repeated_inputs_(proto)
     folder = path.absolute().parent
     findings = [*_version_findings(proto), *external.findings(external.tensors_of(proto), folder)]
     structure = None if findings else structure_finding(proto)
@@ -133,6 +134,15 @@ def _read_proto(path: Path) -> onnx.ModelProto:
     if not is_text(proto):
         raise refusal
     return proto
+
+
+def _drop_repeated_inputs_(proto: onnx.ModelProto) -> None:
+    """Olive's ExtractAdapters lists an input that has a default twice, which runtimes take and the checker does not."""
+    distinct = {value.SerializeToString(deterministic=True): value for value in proto.graph.input}
+    if len(distinct) < len(proto.graph.input):
+        kept = [onnx.ValueInfoProto.FromString(content) for content in distinct]
+        del proto.graph.input[:]
+        proto.graph.input.extend(kept)
 
 
 def _version_findings(proto: onnx.ModelProto) -> Iterator[str]:

@@ -44,9 +44,7 @@ class Matches:
 
     def spellings(self, name: str) -> list[str]:
         """How the graph may call a module, most literal first."""
-        dropped, added = self.shift
-        shifted = added + name.removeprefix(dropped)
-        return list(dict.fromkeys([name, builder_name(name), shifted, builder_name(shifted)]))
+        return spellings(name, self.shift)
 
 
 class SiteIndex:
@@ -120,19 +118,42 @@ def _take(matches: Matches, index: SiteIndex, target: str, name: str) -> bool:
 
 def _match_shifted(matches: Matches, index: SiteIndex, pending: Sequence[str], rename: Mapping[str, str]) -> None:
     """Try one prefix for all that were not found: the graph may be of a model inside the adapter's, or around it."""
-    shifts = Counter(shift for target in pending for shift in _shifts(rename.get(target, target), index))
-    if not shifts:
+    shift = common_shift([rename.get(target, target) for target in pending], index.names())
+    if shift is None:
         return
-    (dropped, added), count = shifts.most_common(1)[0]
-    if list(shifts.values()).count(count) > 1:
-        return
-    matches.shift = (dropped, added)
+    matches.shift = dropped, added = shift
     for target in pending:
         any(_take(matches, index, target, name) for name in matches.spellings(rename.get(target, target)))
     matches.notes.append(f"names matched with the prefix `{dropped or added}` {'dropped' if dropped else 'added'}")
 
 
-def _shifts(target: str, index: SiteIndex) -> set[tuple[str, str]]:
+def spellings(name: str, shift: tuple[str, str] = ("", "")) -> list[str]:
+    """How a graph may call a module, most literal first.
+
+    Args:
+        name: module path.
+        shift: a prefix that the graph's names lack, and one that they add.
+    """
+    dropped, added = shift
+    shifted = added + name.removeprefix(dropped)
+    return list(dict.fromkeys([name, builder_name(name), shifted, builder_name(shifted)]))
+
+
+def common_shift(targets: Sequence[str], known: Sequence[str]) -> tuple[str, str] | None:
+    """The prefix, dropped or added, that makes most names of a graph out of targets; None when no one leads.
+
+    Args:
+        targets: module paths that the graph has not as they are.
+        known: the module paths of the graph.
+    """
+    shifts = Counter(shift for target in targets for shift in _shifts(target, known))
+    counts = list(shifts.values())
+    if not counts or counts.count(max(counts)) > 1:
+        return None
+    return shifts.most_common(1)[0][0]
+
+
+def _shifts(target: str, known: Sequence[str]) -> set[tuple[str, str]]:
     """The prefixes (dropped, added) that would make a name of the graph out of a target."""
     found = set()
     forms = {target, builder_name(target)}
@@ -141,7 +162,7 @@ def _shifts(target: str, index: SiteIndex) -> set[tuple[str, str]]:
         forms |= {f"{stem}{dot}{fused}" for fused, members in FUSED.items() if leaf in members}
         forms |= {f"{stem}{dot}{member}" for member in FUSED.get(leaf, ())}
     for form in forms:
-        for name in index.names():
+        for name in known:
             if name.endswith(f".{form}"):
                 found.add(("", name.removesuffix(form)))
             elif form.endswith(f".{name}"):

@@ -186,6 +186,9 @@ def write_adapter_format(path: Path, parameters: Mapping[str, Array], *, adapter
         parameters: name → array; written in the order of names.
         adapter: version number of the adapter, below 2³¹.
         model: version number of the model it belongs to, below 2³¹.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     import onnxruntime
 
@@ -193,7 +196,10 @@ def write_adapter_format(path: Path, parameters: Mapping[str, Array], *, adapter
     stored.set_adapter_version(adapter)
     stored.set_model_version(model)
     stored.set_parameters({name: to_value(array) for name, array in sorted(parameters.items())})
-    stored.export_adapter(str(path))
+    try:
+        stored.export_adapter(str(path))
+    except RuntimeError as error:  # of a file that cannot be opened, or of a full disk
+        raise OutputError(f"cannot write adapter file `{path}`", findings=[str(error).strip()]) from error
 
 
 def _of_torch(tensor: Any) -> Any:

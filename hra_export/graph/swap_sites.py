@@ -7,7 +7,7 @@ itself loads a file that was made for another graph, or for half of this one, wi
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hra_export.errors import GraphError, MismatchError
@@ -24,6 +24,7 @@ SWAPPING_KEY = "hra.swappable"
 FINGERPRINT_KEY = "hra.fingerprint"
 BAKED_KEY = "hra.baked_parameters"
 EMBEDDINGS_KEY = "hra.embeddings"
+RENAMED_KEY = "hra.renamed"
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ class SwapContract:
         sites: ordered by target.
         fingerprint: SHA-256 over the graph's weights, hex.
         baked: SHA-256 over the trained parameters that are part of the weights, hex; empty when there are none.
+        renamed: other names that adapters may have for targets, from older versions of the model's library → target.
     """
 
     swapping: Swapping
     sites: tuple[Site, ...]
     fingerprint: str
     baked: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, optional: Sequence[TensorSpec], metadata: Mapping[str, str]) -> "SwapContract | None":
@@ -81,8 +84,12 @@ class SwapContract:
             return None
         try:
             embeddings = set(json.loads(metadata.get(EMBEDDINGS_KEY, "[]")))
-        except (TypeError, ValueError) as error:
-            raise GraphError(f"the graph's metadata are damaged: `{EMBEDDINGS_KEY}` is no list of targets") from error
+            renamed = {str(name): str(target) for name, target in json.loads(metadata.get(RENAMED_KEY, "{}")).items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise GraphError(
+                f"the graph's metadata are damaged: `{EMBEDDINGS_KEY}` is no list of targets, "
+                f"or `{RENAMED_KEY}` no object of names"
+            ) from error
         widths = {spec.name: spec for spec in optional if spec.name.endswith(U_SUFFIX)}
         sites = []
         for name, spec in sorted(widths.items()):
@@ -90,12 +97,18 @@ class SwapContract:
             if not isinstance(size, int):
                 raise GraphError(f"`{name}`: expected a fixed width, got {spec}")
             sites.append(Site(target, size, spec.dtype, target in embeddings))
-        return cls(swapping, tuple(sites), metadata.get(FINGERPRINT_KEY, ""), metadata.get(BAKED_KEY, ""))
+        return cls(swapping, tuple(sites), metadata.get(FINGERPRINT_KEY, ""), metadata.get(BAKED_KEY, ""), renamed)
+
+    def names(self, target: str) -> list[str]:
+        """What adapters may call a target, its own name first."""
+        return [target, *(name for name, new in self.renamed.items() if new == target)]
 
     @property
     def metadata(self) -> dict[str, str]:
         """What the graph says about it."""
+        renamed = {RENAMED_KEY: json.dumps(dict(self.renamed))} if self.renamed else {}
         return {
+            **renamed,
             SWAPPING_KEY: self.swapping,
             FINGERPRINT_KEY: self.fingerprint,
             BAKED_KEY: self.baked,

@@ -14,7 +14,8 @@ Limits: ΔW of a convolution is made of the base's weight, so it cannot be an in
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +27,7 @@ from hra_export.graph.operator import is_reflection
 from hra_export.graph.provenance import NAME_SCOPES
 from hra_export.graph.rows import place_rows_
 from hra_export.graph.swap_sites import U_SUFFIX, V_SUFFIX, Site, SwapContract, Swapping
-from hra_export.graph.values import Array, numpy_dtype
+from hra_export.graph.values import Array, TensorSpec, numpy_dtype
 
 CONVOLUTION_SUFFIX = ".hra_A"
 CHUNK_BYTES = 2**24
@@ -41,6 +42,8 @@ def make_swappable_(
     default: Sequence[HraAdapter] = (),
     baked: Sequence[HraAdapter] = (),
     base_rank: int = 0,
+    renamed: Mapping[str, str] | None = None,
+    strength: float = 1.0,
 ) -> SwapContract:
     """Make U and V of every reflection inputs with defaults, in place.
 
@@ -49,6 +52,8 @@ def make_swappable_(
         default: what the graph computes while nothing is fed, composed in the order of W R_1 R_2 …; the base if empty.
         baked: adapters whose biases and saved modules are part of the graph; `default`'s when left out.
         base_rank: of the zeros that stand for the base; 1 for a runtime that takes no empty tensors.
+        renamed: other names that adapters may have for targets → the graph's.
+        strength: s of the default, in R → I + s (R − I).
 
     Returns:
         What adapters must bring; it is in the model's metadata too.
@@ -58,9 +63,9 @@ def make_swappable_(
         UnsupportedModelError: a chain before a convolution.
         MismatchError: `default` has a target that the graph has not, or other parameters than `baked`.
     """
-    contract = _contract(model, "adapter", baked or default)
+    contract = replace(_contract(model, "adapter", baked or default), renamed=renamed or {})
     if default:
-        parameters = adapter_parameters(default, contract)
+        parameters = adapter_parameters(default, contract, strength=strength)
     else:
         parameters = {name: array for site in contract.sites for name, array in _zeros(site, base_rank)}
     for site in contract.sites:
@@ -80,6 +85,8 @@ def make_row_swappable_(
     baked: Sequence[HraAdapter] = (),
     batch: str | int | None = None,
     base_rank: int = 0,
+    renamed: Mapping[str, str] | None = None,
+    strength: float = 1.0,
 ) -> SwapContract:
     """Make every reflection read its row's adapter, in place.
 
@@ -89,6 +96,8 @@ def make_row_swappable_(
         baked: adapters whose biases and saved modules are part of the graph.
         batch: the size that counts rows, as the graph names it; the first size of the first input when left out.
         base_rank: of the zeros that stand for the base when there is no default.
+        renamed: other names that adapters may have for targets → the graph's.
+        strength: s of the defaults, in R → I + s (R − I).
 
     Returns:
         What adapters must bring; it is in the model's metadata too.
@@ -99,8 +108,8 @@ def make_row_swappable_(
         UnsupportedModelError: a chain before a convolution.
         MismatchError: a default has a target that the graph has not, or other parameters than `baked`.
     """
-    contract = _contract(model, "rows", baked or (default[0] if default else ()))
-    stacked = stack_operands(default, contract)
+    contract = replace(_contract(model, "rows", baked or (default[0] if default else ())), renamed=renamed or {})
+    stacked = stack_operands(default, contract, strength=strength)
     if not default:
         stacked = {name: array[None] for site in contract.sites for name, array in _zeros(site, base_rank)}
     place_rows_(model, contract.sites, batch)
@@ -113,12 +122,27 @@ def make_row_swappable_(
     return contract
 
 
-def weights_fingerprint(model: ir.Model) -> str:
-    """SHA-256 over the name, type, shape and bytes of every weight but U and V, hex."""
+def read_contract(model: ir.Model) -> SwapContract | None:
+    """What a graph that was opened asks of its adapters; None when it is not swappable.
+
+    Raises:
+        GraphError: its metadata are damaged.
+    """
+    optional = [_spec(value) for value in model.graph.inputs if value.name in model.graph.initializers]
+    return SwapContract.of(optional, model.metadata_props)
+
+
+def weights_fingerprint(model: ir.Model, *, without: Collection[str] = ()) -> str:
+    """SHA-256 over the name, type, shape and bytes of every weight but U and V, hex.
+
+    Args:
+        model: a graph.
+        without: further initializers that are no weights: defaults of factors that are inputs.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or name.endswith((U_SUFFIX, V_SUFFIX)):
+        if tensor is None or name.endswith((U_SUFFIX, V_SUFFIX)) or name in without:
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         data = memoryview(tensor.tobytes())
@@ -202,6 +226,13 @@ def _lookup(value: ir.Value | None) -> ir.Node | None:
             return None
         value = node.inputs[0]
     return None
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.dtype is None or value.shape is None:
+        raise GraphError(f"`{value.name}` has no type or shape")
+    sizes = tuple(size if isinstance(size, int) else size.value for size in value.shape)
+    return TensorSpec(str(value.name), value.dtype.numpy().name, sizes)
 
 
 def _zeros(site: Site, rank: int) -> Iterator[tuple[str, Array]]:
