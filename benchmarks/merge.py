@@ -77,7 +77,7 @@ def _measure(name: str, work: Path, rounds: int, peft_rounds: int) -> tuple[list
     if not adapter.exists():
         # In a process of its own: the system counts what a parent held into the peak of its children.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-            apart.submit(_make, name, base, adapter).result()
+            apart.submit(make_checkpoint, GENERATED.get(name), base, adapter).result()
     output = work / name / "output"
 
     def clear() -> None:
@@ -111,9 +111,10 @@ def _measure(name: str, work: Path, rounds: int, peft_rounds: int) -> tuple[list
     return row, dict(as_data(runs))
 
 
-def _make(name: str, base: Path, adapter: Path) -> None:
+def make_checkpoint(shape: Shape | None, base: Path, adapter: Path) -> None:
+    """A checkpoint of random weights, or SmolLM2 where no shape is given, and an adapter for its linear layers."""
     base.mkdir(parents=True)
-    if name == "smollm2":
+    if shape is None:
         from hra_export.registry import load_converter
         from tests.real_models import smollm2_gguf
 
@@ -121,8 +122,8 @@ def _make(name: str, base: Path, adapter: Path) -> None:
         load_converter("from_gguf").convert(smollm2_gguf(), base)
         shapes = _linear_shapes(base / "model.safetensors")
     else:
-        shapes = _generate(GENERATED[name], base)
-    _generate_adapter(shapes, base, adapter)
+        shapes = _generate(shape, base)
+    generate_adapter(shapes, base, adapter)
 
 
 def _linear_shapes(path: Path) -> dict[str, tuple[int, int]]:
@@ -174,7 +175,7 @@ def _weights(out: int, features: int) -> torch.Tensor:
     return (torch.randn(out, features) * 0.02).to(torch.bfloat16)
 
 
-def _generate_adapter(shapes: dict[str, tuple[int, int]], base: Path, adapter: Path) -> None:
+def generate_adapter(shapes: dict[str, tuple[int, int]], base: Path, adapter: Path) -> None:
     """Pairs of vectors a few degrees apart, as a trained adapter has them."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}

@@ -219,7 +219,7 @@ def _time_variants(
 
 
 def _make_export_input(name: str, base: Path, adapter: Path) -> None:
-    from benchmarks.merge import _generate_adapter
+    from benchmarks.merge import generate_adapter
 
     if adapter.exists():
         return
@@ -232,7 +232,7 @@ def _make_export_input(name: str, base: Path, adapter: Path) -> None:
     else:
         _make_llama(base)
         widths = _widths("llama", base)
-    _generate_adapter({path: (d, d) for path, d in widths.items()}, base, adapter)
+    generate_adapter({path: (d, d) for path, d in widths.items()}, base, adapter)
     if name == "minilm":
         config = json.loads((adapter / "adapter_config.json").read_text())
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": "FEATURE_EXTRACTION"}))

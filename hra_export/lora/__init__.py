@@ -1,0 +1,1 @@
+"""LoRA adapters: PEFT's and diffusers' files, read and planned."""
