@@ -22,22 +22,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from hra_export import architecture, filesystem, ggml, publish
+from hra_export import architecture, filesystem, ggml, gguf_files, llama_cpp, publish
 from hra_export.checkpoint import MANIFEST_NAME
-from hra_export.errors import CheckpointError, FormatError, UnsupportedModelError
+from hra_export.errors import CheckpointError, UnsupportedModelError
+from hra_export.gguf_files import shape_of, type_of
 from hra_export.quantization import QuantizedMatrix
 from hra_export.tensorfile import DTYPES, TensorLayout, lay_out, tensor_bytes
 
-MAGIC = b"GGUF"
 # Part of every cache name: raised when the same file would become another directory.
 CONVERSION = 1
 MAX_SHARD_BYTES = 5 * 10**9
-SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 PLAIN_TYPES = ("F32", "F16", "BF16")
 # Tensors without trained values: RoPE frequencies, which transformers computes from the configuration.
 ROPE_TENSORS = re.compile(r"(.*\.)?rope_(freqs|factors_long|factors_short)\.weight")
@@ -101,7 +98,7 @@ def convert(
         UnsupportedModelError: architecture, split file or tensor type that cannot be read; or `gguf` is not installed.
         OutputError: the output exists, the disk is full or cannot be written.
     """
-    reader = _open(source)
+    reader = gguf_files.open_file(source)
     kind = _architecture(source, reader)
     config = _configuration(source, kind)
     companions = _tokenizer_files(source, kind)
@@ -130,17 +127,18 @@ def quantized_matrices(source: Path) -> Iterator[tuple[str, QuantizedMatrix]]:
         CheckpointError: the file lacks tensors, or its metadata makes no model.
         UnsupportedModelError: as for `convert`.
     """
-    reader = _open(source)
+    reader = gguf_files.open_file(source)
     kind = _architecture(source, reader)
     plan = _plan(source, reader, kind, _configuration(source, kind))
     for parameter in plan.parameters:
         tensor = parameter.sources[0]
-        shape = tuple(int(size) for size in reversed(tensor.shape))
+        shape = shape_of(tensor)
         if len(parameter.sources) > 1 or len(shape) != 2:
             continue
-        matrix = ggml.read_blocks(_type(tensor), tensor.data, (shape[0], shape[1]))
+        matrix = ggml.read_blocks(type_of(tensor), tensor.data, (shape[0], shape[1]))
         if matrix is not None:
-            yield parameter.name, matrix.rows(_row_order(plan, parameter, tensor, shape))
+            order = llama_cpp.row_order(plan.processor, tensor.name, (shape[0], shape[1]), mapping=plan.mapping)
+            yield parameter.name, matrix.rows(order)
 
 
 def cache_name(source: Path) -> str:
@@ -179,7 +177,7 @@ class _Plan:
 
     @property
     def dequantized(self) -> int:
-        return sum(any(_type(each) not in PLAIN_TYPES for each in parameter.sources) for parameter in self.parameters)
+        return sum(any(type_of(each) not in PLAIN_TYPES for each in parameter.sources) for parameter in self.parameters)
 
     def shards(self, max_bytes: int) -> dict[str, list[_Parameter]]:
         groups: list[list[_Parameter]] = [[]]
@@ -196,62 +194,15 @@ class _Plan:
         return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _open(source: Path) -> Any:
-    """A GGUFReader: the file mapped, its header parsed."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise UnsupportedModelError(
-            f"`{source}` is a GGUF file, and the package that reads those is not installed",
-            hint="pip install 'hra-export[gguf]'",
-        ) from error
-    with filesystem.open_regular(source):
-        pass
-    with source.open("rb") as stream:
-        magic = stream.read(len(MAGIC))
-    if magic != MAGIC:
-        raise FormatError(f"`{source}` is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}")
-    try:
-        return GGUFReader(source)
-    except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
-        raise FormatError(
-            f"`{source}` is truncated or damaged: {error}", hint="fetch it again, and compare its size or digest"
-        ) from error
-
-
 def _architecture(source: Path, reader: Any) -> str:
     """`general.architecture`, if it and the file's form can be read."""
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    if SPLIT_NAME.search(source.name) or _metadata(source, reader, "split.count") not in (None, 1):
-        raise UnsupportedModelError(
-            f"`{source}` is one part of a split GGUF file",
-            hint="join the parts with llama.cpp's `llama-gguf-split --merge`",
-        )
-    if reader.byte_order != "I":
-        raise UnsupportedModelError(f"`{source}` was written for machines of the other byte order")
-    kind = _metadata(source, reader, "general.architecture")
-    if not isinstance(kind, str):
-        raise FormatError(f"`{source}` names no architecture in `general.architecture`")
-    if _plain(kind).removesuffix("encoder") not in map(_plain, GGUF_SUPPORTED_ARCHITECTURES):
+    kind = gguf_files.read_architecture(source, reader)
+    if not llama_cpp.is_known(kind):
         raise UnsupportedModelError(
             f"`{source}` holds a `{kind}` model, whose tensors transformers cannot map",
             hint="use the model's own safetensors as base",
         )
     return kind
-
-
-def _metadata(source: Path, reader: Any, key: str) -> object:
-    field = reader.get_field(key)
-    try:
-        return field.contents() if field is not None else None
-    except (ValueError, LookupError) as error:
-        raise FormatError(f"`{source}`: `{key}` cannot be read: {error}") from error
-
-
-def _plain(name: str) -> str:
-    """transformers spells llama.cpp's `qwen2moe` and `gpt-oss` as `qwen2_moe` and `gpt_oss`."""
-    return re.sub("[-_]", "", name)
 
 
 def _configuration(source: Path, kind: str) -> dict[str, object]:
@@ -297,15 +248,14 @@ def _alone(source: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _plan(source: Path, reader: Any, kind: str, config: dict[str, object]) -> _Plan:
     """Match the file's tensors with the model's parameters; every one must have its place."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(reader.tensors):
         raise CheckpointError(f"`{source}` claims {layers} layers and holds {len(reader.tensors)} tensors")
     try:
         model = architecture.build_on_meta(_model_class(config), config)
-        processor_class: Any = TENSOR_PROCESSORS.get(kind, TensorProcessor)
-        processor = processor_class(config=config)
+        processor = llama_cpp.tensor_processor(kind, config)
         mapping = get_gguf_hf_weights_map(model, processor)
     except NotImplementedError as error:
         raise UnsupportedModelError(f"`{source}`: {error}".splitlines()[0]) from error
@@ -371,7 +321,7 @@ def _check_complete(source: Path, model: Any, found: Mapping[str, object], left_
 def _check_sizes(source: Path, parameters: Sequence[_Parameter]) -> None:
     findings = []
     for parameter in parameters:
-        got = [tuple(int(size) for size in reversed(tensor.shape)) for tensor in parameter.sources]
+        got = [shape_of(tensor) for tensor in parameter.sources]
         if sum(map(math.prod, got)) != math.prod(parameter.shape):
             findings.append(f"{parameter.name}: expected shape {parameter.shape}, got {', '.join(map(str, got))}")
     if findings:
@@ -379,13 +329,9 @@ def _check_sizes(source: Path, parameters: Sequence[_Parameter]) -> None:
 
 
 def _dtype(sources: Sequence[Any]) -> str:
-    kinds = {_type(tensor) for tensor in sources}
+    kinds = {type_of(tensor) for tensor in sources}
     is_half = len(kinds) == 1 and kinds <= {"F16", "BF16"} and all(len(tensor.shape) > 1 for tensor in sources)
     return kinds.pop() if is_half else "F32"
-
-
-def _type(tensor: Any) -> str:
-    return str(tensor.tensor_type.name)
 
 
 def _write(
@@ -430,17 +376,10 @@ def _write_shard(plan: _Plan, layout: TensorLayout, descriptor: int, progress: C
 
 def _values(plan: _Plan, parameters: Sequence[_Parameter]) -> Iterator[tuple[str, Tensor]]:
     """Each parameter in float32, rows in transformers' order. Stacked experts arrive in parts, kept in `held`."""
-    from gguf import dequantize
-
     for parameter in parameters:
         held: dict[str, Tensor] = {}
         for tensor in parameter.sources:
-            try:
-                weights = dequantize(tensor.data, tensor.tensor_type)
-            except NotImplementedError as error:
-                raise UnsupportedModelError(
-                    f"`{plan.source}`: `{tensor.name}` is stored as {_type(tensor)}, which `gguf` cannot dequantize"
-                ) from error
+            weights = gguf_files.dequantized(plan.source, tensor)
             result = plan.processor.process(
                 weights=weights,
                 name=tensor.name,
@@ -455,22 +394,6 @@ def _values(plan: _Plan, parameters: Sequence[_Parameter]) -> Iterator[tuple[str
                 f"`{plan.source}`: transformers does not say how `{parameter.name}` is put together"
             )
         yield parameter.name, held[parameter.name]
-
-
-def _row_order(plan: _Plan, parameter: _Parameter, tensor: Any, shape: Sequence[int]) -> NDArray[np.int64]:
-    """Which row of the file each output of the parameter is: transformers' own reordering, done to row numbers."""
-    numbers = np.broadcast_to(np.arange(shape[0])[:, None], shape).copy()
-    result = plan.processor.process(
-        weights=numbers, name=tensor.name, tensor_key_mapping=plan.mapping, parsed_parameters={"tensors": {}}
-    )
-    if result.name is not None:
-        moved = result.weights if result.weights.shape == numbers.shape else result.weights.T  # GPT-2 stores (d, o)
-        if np.array_equal(moved, np.broadcast_to(moved[:, :1], shape)):
-            order: NDArray[np.int64] = moved[:, 0]
-            return order
-    raise UnsupportedModelError(
-        f"`{plan.source}`: transformers takes the rows of `{parameter.name}` apart, so its blocks cannot be kept"
-    )
 
 
 def _is_same(stored: Tensor, value: Tensor) -> bool:
@@ -503,7 +426,10 @@ def _index(layouts: Mapping[str, TensorLayout]) -> bytes:
 def _manifest(plan: _Plan, report: ConvertReport) -> bytes:
     """Where every tensor came from. No times and no machine: equal inputs, equal bytes."""
     tensors = {
-        parameter.name: {"dtype": parameter.dtype, "source": {each.name: _type(each) for each in parameter.sources}}
+        parameter.name: {
+            "dtype": parameter.dtype,
+            "source": {each.name: type_of(each) for each in parameter.sources},
+        }
         for parameter in plan.parameters
     }
     source = {"name": plan.source.name, "size_bytes": plan.source.stat().st_size}
