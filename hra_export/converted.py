@@ -28,6 +28,8 @@ class ConvertReport:
     Attributes:
         format: of the output, in words a user knows: `LoRA of PEFT`.
         notes: what a user should know about it, one sentence each.
+        floor: the error that no output of this format could go below, where the format cannot express every ΔW.
+        quantity: what norms and errors are of: `R − I` where no base is read.
     """
 
     format: str
@@ -35,6 +37,8 @@ class ConvertReport:
     size_bytes: int
     targets: tuple[ConvertedTarget, ...]
     notes: tuple[str, ...] = ()
+    floor: float | None = None
+    quantity: str = "ΔW"
 
     @property
     def delta_norm(self) -> float:

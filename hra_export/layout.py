@@ -170,6 +170,19 @@ class Layout:
         """Whether a module looks rows up instead of multiplying."""
         return architecture.is_embedding(self._module(module))
 
+    def is_output_head(self, module: str) -> bool:
+        """Whether a module is what the model calls its output embeddings."""
+        view, _ = self._find(f"{module}.weight")
+        head = None if view is None else view.names.model.get_output_embeddings()
+        return head is not None and head is self._module(module)
+
+    def own_name(self, parameter: str) -> str:
+        """What the model itself calls a parameter; the name as given where the model does not hold it whole."""
+        view, name = self._find(parameter)
+        block = None if view is None else view.names.locate(parameter)
+        is_whole = view is not None and block is not None and block.shape == view.names.shapes.get(name)
+        return name if is_whole else parameter
+
     def conv_groups(self, module: str) -> int:
         """The groups of a convolution; 1 for everything else."""
         return int(getattr(self._module(module), "groups", 1))

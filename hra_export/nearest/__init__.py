@@ -1,0 +1,1 @@
+"""The nearest chain of reflections to any change of weights."""
