@@ -50,7 +50,7 @@ def main() -> int:
     options = parse_options(__doc__, Path("build/orders"), STEPS, ROWS_PER_STEP)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    base = fetch_base(options.cache / "demo")
+    base, _ = fetch_base(options.cache / "demo")
     train, dev, test = read_parts()
     if options.run:
         keep(train_and_test(Run(**options.run), base, (train, dev, test)), options.output)

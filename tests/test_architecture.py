@@ -30,6 +30,7 @@ FLOORS: list[list[tuple[str, ...]]] = [
     # one job of a verb each
     [
         ("validation",),
+        ("compression",),
         ("inspection", "effect"),
         ("environment",),
         ("training",),
@@ -39,8 +40,8 @@ FLOORS: list[list[tuple[str, ...]]] = [
     ],
     # carries a plan out as a graph, of merged weights for one
     [("graph",)],
-    # carries a plan out as weights
-    [("merge",)],
+    # carries a plan out as weights; reads and writes adapters of other kinds, and finds chains for what is none
+    [("merge",), ("lora",), ("nearest",), ("official",)],
     # makes a plan, streams planned tensors, describes them; makes a model of a checkpoint
     [
         ("planning", "placement"),
@@ -49,16 +50,19 @@ FLOORS: list[list[tuple[str, ...]]] = [
         ("companions",),
         ("loading",),
         ("low_rank", "target_weights"),
-        ("strength", "composition"),
     ],
     # what becomes of every tensor: in files, in a live model
     [("plan",), ("attachment", "layer"), ("locator",)],
+    # makes adapters of adapters
+    [("strength", "composition")],
     # knows one kind of thing each: adapters, bases, output directories, models' names and shapes, the torch operator
     [
         ("adapter",),
         ("checkpoint",),
         ("publish", "replacement", "places"),
         ("file_output",),
+        ("gguf_files",),
+        ("llama_cpp",),
         ("layout", "conversions"),
         ("reflection",),
     ],
@@ -84,7 +88,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "accelerate": ("training",),
     "click": ("cli",),
     "datasets": ("training",),
-    "gguf": ("converters.from_gguf",),
+    "gguf": ("gguf_files",),
     "matplotlib": ("training", "bench"),
     "onnx": ("graph",),
     "onnx_ir": ("graph",),

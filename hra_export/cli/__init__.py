@@ -23,6 +23,8 @@ VERBS = {
     "train": ("hra_export.cli.train", "Train an HRA adapter on a frozen base."),
     "merge": ("hra_export.cli.merge", "Fold adapters into the base weights and write safetensors."),
     "onnx": ("hra_export.cli.onnx", "Write ONNX graphs, folded or with the reflection as an operator."),
+    "convert": ("hra_export.cli.convert", "Turn adapters into LoRA, GGUF, ONNX Runtime's files, and into HRA."),
+    "compress": ("hra_export.cli.compress", "Fewer reflections for nearly the same rotation."),
     "validate": ("hra_export.cli.validate", "Prove that an output computes what PyTorch computes."),
     "bench": ("hra_export.cli.bench", "Measure how fast graphs run, beside PyTorch."),
     "inspect": ("hra_export.cli.inspect", "Show what an adapter does: targets, ranks, angles."),

@@ -5,8 +5,9 @@ A quantized base is dequantized once, into the user's cache, where the verb that
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import platformdirs
 
@@ -17,6 +18,7 @@ from hra_export.registry import load_converter
 
 if TYPE_CHECKING:
     from hra_export.graph.kept_bits import Matrix
+    from hra_export.lora.file import LoraAdapter
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 ADAPTER_PATTERNS = ["adapter_config.json", "adapter_model.safetensors", "token*", "*.jinja", "vocab*", "merges.txt"]
@@ -26,21 +28,45 @@ BASE_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py
 FROM_GGUF, FROM_BITSANDBYTES = "from_gguf", "from_bitsandbytes"
 
 
+class Based(Protocol):
+    """What may name the base it is for: an adapter of any kind."""
+
+    @property
+    def base(self) -> str | None:
+        """`base_model_name_or_path`."""
+        ...
+
+
 def resolve_adapter(name: str) -> HraAdapter:
     """Read an adapter from a directory or the Hub.
 
     Raises:
         AdapterError: there is none.
     """
-    path = _existing(name)
-    if path is not None:
-        return read_adapter(path)
-    if not HUB_ID.fullmatch(name):
-        raise AdapterError(f"adapter `{name}` does not exist")
-    return read_adapter(_download(name, ADAPTER_PATTERNS, what="adapter"))
+    return read_adapter(_adapter_directory(name))
 
 
-def resolve_base(name: str | None, adapters: list[HraAdapter], console: Console, *, dequantize: bool = False) -> Path:
+def resolve_lora(name: str) -> "LoraAdapter":
+    """Read a LoRA adapter from a directory or the Hub.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    from hra_export.lora.file import read_lora
+
+    return read_lora(_adapter_directory(name))
+
+
+def resolve_model(name: str) -> Path:
+    """The directory of a whole model: as it is, or from the Hub.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    return _locate(name, [])
+
+
+def resolve_base(name: str | None, adapters: Sequence[Based], console: Console, *, dequantize: bool = False) -> Path:
     """The directory of a base: as it is, from the Hub, or dequantized from a GGUF file into the user's cache.
 
     Args:
@@ -58,7 +84,7 @@ def resolve_base(name: str | None, adapters: list[HraAdapter], console: Console,
     return _dequantize(path, FROM_BITSANDBYTES, console) if dequantize and _is_bitsandbytes(path) else path
 
 
-def quantized_base(name: str | None, adapters: list[HraAdapter]) -> Path | None:
+def quantized_base(name: str | None, adapters: Sequence[Based]) -> Path | None:
     """A base that is quantized, `.gguf`, a graph or of bitsandbytes, and whose bits can be kept; None for any other.
 
     Raises:
@@ -80,7 +106,7 @@ def quantized_matrices(path: Path) -> dict[str, "Matrix"]:
     return dict(load_converter(FROM_GGUF if path.is_file() else FROM_BITSANDBYTES).quantized_matrices(path))
 
 
-def _locate(name: str | None, adapters: list[HraAdapter]) -> Path:
+def _locate(name: str | None, adapters: Sequence[Based]) -> Path:
     """The file or directory of a base on this machine, fetched if need be."""
     chosen = name or next((adapter.base for adapter in adapters if adapter.base), None)
     if chosen is None:
@@ -93,6 +119,15 @@ def _locate(name: str | None, adapters: list[HraAdapter]) -> Path:
             f"base `{chosen}` does not exist", hint="pass another with `--base`" if not name else None
         )
     return _download(chosen, BASE_PATTERNS, what="base")
+
+
+def _adapter_directory(name: str) -> Path:
+    path = _existing(name)
+    if path is not None:
+        return path
+    if not HUB_ID.fullmatch(name):
+        raise AdapterError(f"adapter `{name}` does not exist")
+    return _download(name, ADAPTER_PATTERNS, what="adapter")
 
 
 def _existing(name: str) -> Path | None:
