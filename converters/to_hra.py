@@ -76,7 +76,7 @@ def convert(
                 progress(len(data))
         for name, path in tokenizer.items():
             stage.copy(path, name)
-        report = ConvertReport(FORMAT, output, size, targets, notes)
+        report = ConvertReport(FORMAT, output, size, targets, notes, quantity="R − I")
         stage.publish(MANIFEST_NAME, _manifest(product, report, strength, interpolation))
     return report
 

@@ -180,10 +180,10 @@ def _hra(request: Request, read: Read, linear: float, notes: tuple[str, ...]) ->
         )
     converter = load_converter("to_hra")
     options = {name: request.wishes[name] for name in ("strength", "interpolation")}
-    product, _ = converter.plan_product(read, **options)
+    product, further = converter.plan_product(read, **options)
     ranks = dict.fromkeys(product.chains, product.rank)
     size = sum(4 * vectors.numel() for vectors in product.chains.values())
-    return Conversion(None, ranks, size, notes, partial(converter.convert, read, **options))
+    return Conversion(None, ranks, size, (*notes, *further), partial(converter.convert, read, **options))
 
 
 def _merged(request: Request, read: Read, linear: float, notes: tuple[str, ...]) -> Conversion:
