@@ -111,8 +111,8 @@ def gpt2(layers: int) -> Layout:
     return Layout({**config, "vocab_size": 1024, "n_positions": 64}, {**embeddings, **shapes}, targets)
 
 
-def measure(layout: Layout, work: Path, *, options: Sequence[str] = ()) -> MemoryRun:
-    """Merge a checkpoint of holes into a folder under `work`, and delete both.
+def measure(layout: Layout, work: Path, *, verb: str = "merge", options: Sequence[str] = ()) -> MemoryRun:
+    """Merge a checkpoint of holes, or whatever else a verb does with one, into a folder under `work`; delete both.
 
     Raises:
         RuntimeError: the disk is too small, or the merge failed.
@@ -127,7 +127,7 @@ def measure(layout: Layout, work: Path, *, options: Sequence[str] = ()) -> Memor
         base = write_base(folder / "base", tensors, shards=SHARDS, config=layout.config)
         adapter = write_adapter_files(folder / "adapter", random_chains(layout.targets, RANK), rank=RANK)
         idle, _ = _peak(IDLE, folder, [])
-        arguments = ["merge", str(adapter), "--base", str(base), "--output", str(folder / "merged"), "-q", *options]
+        arguments = [verb, str(adapter), "--base", str(base), "--output", str(folder / "made"), "-q", *options]
         peak, seconds = _peak(MERGE, folder, arguments)
     largest = 4 * max(map(math.prod, shapes.values()))
     return MemoryRun(size, largest, seconds, idle, peak)

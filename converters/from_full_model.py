@@ -19,7 +19,7 @@ from torch import Tensor
 from hra_export import names
 from hra_export.adapter import CONFIG_NAME
 from hra_export.checkpoint import Checkpoint, open_checkpoint
-from hra_export.companions import TOKENIZER_FILES
+from hra_export.companions import tokenizer_files
 from hra_export.converted import ConvertReport
 from hra_export.errors import CheckpointError, ConversionError, UnsupportedModelError
 from hra_export.filesystem import as_output_error
@@ -116,7 +116,7 @@ def plan(
         change=change,
         entries=[{"name": tuned.root.name, "fingerprint": digest, "targets": len(before)}],
         paths=(source,),
-        companions={name: source / name for name in TOKENIZER_FILES if (source / name).is_file()},
+        companions=tokenizer_files(source),
         parameters=sorted_out.parameters,
         bias=sorted_out.bias,
         modules_to_save=sorted_out.modules_to_save,
@@ -171,10 +171,14 @@ def _sort_out(difference: ModelDifference, tuned: Checkpoint, rank: int, wanted:
     kept = {name: model.value(name) for name in model.shapes if name in biases or names.is_under(name, whole)}
     partners = {name: value for module in whole for name, value in model.tied_values(module).items()}
     saved = dict.fromkeys([*whole, *(name.rpartition(".")[0] for name in partners)])
-    bias = (
-        "none" if not biases else "hra_only" if {name.removesuffix(".bias") for name in biases} <= {*targets} else "all"
-    )
-    return _SortedOut(targets, kept | partners, bias, tuple(saved))
+    return _SortedOut(targets, kept | partners, _bias_setting(biases, targets), tuple(saved))
+
+
+def _bias_setting(biases: Sequence[str], targets: Sequence[str]) -> str:
+    """The narrowest of PEFT's settings that trains these biases."""
+    if not biases:
+        return "none"
+    return "hra_only" if {name.removesuffix(".bias") for name in biases} <= {*targets} else "all"
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,21 @@
 A LoRA that was made of an HRA adapter comes back as that adapter, to the last digits of float32. Any other changes
 lengths of W's rows and angles between them, which no rotation of the input does: that part is reported as a number.
 
-Limits: those of `lora_file.py`; a target whose own weight was trained too, such as a resized vocabulary.
+Limits: those of `lora/file.py`; a target whose own weight was trained too, such as a resized vocabulary.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from hra_export.checkpoint import Checkpoint
-from hra_export.companions import TOKENIZER_FILES
+from hra_export.checkpoint import MANIFEST_NAME, Checkpoint
+from hra_export.companions import tokenizer_files
 from hra_export.converted import ConvertReport
 from hra_export.errors import ConversionError
 from hra_export.lora.file import LoraAdapter, read_lora
-from hra_export.low_rank import locate
+from hra_export.low_rank import kept_parameters, locate
 from hra_export.nearest import chains as nearest
 from hra_export.nearest.chains import NearestPlan
 from hra_export.nearest.weight_change import Change, low_rank_change
@@ -48,7 +48,7 @@ def convert(
 
     Raises:
         AdapterError, MismatchError, UnsupportedModelError, ConversionError, NumericalError: as for `plan`.
-        CheckpointError: a weight of the base holds NaN or Inf.
+        NumericalError: a weight of the base holds NaN or Inf.
         OutputError: the output exists, the disk is full or cannot be written.
     """
     return nearest.write_nearest(plan(source, base=base, rank=rank), output, overwrite=overwrite, progress=progress)
@@ -82,7 +82,7 @@ def plan(source: Path, *, base: Checkpoint, rank: int) -> NearestPlan:
         change=change,
         entries=adapter.entries(),
         paths=adapter.paths,
-        companions={name: source / name for name in TOKENIZER_FILES if (source / name).is_file()},
+        companions=tokenizer_files(source),
         parameters=_kept(adapter, weights),
         bias=adapter.bias,
         modules_to_save=adapter.modules_to_save,
@@ -90,33 +90,29 @@ def plan(source: Path, *, base: Checkpoint, rank: int) -> NearestPlan:
         task=adapter.task,
         model_class=adapter.model_class,
         model_library=adapter.model_library,
-        notes=adapter.notes,
+        notes=(*adapter.notes, *_base_notes(source, base)),
+    )
+
+
+def _base_notes(source: Path, base: Checkpoint) -> tuple[str, ...]:
+    """That the factors were made of other weights, where a manifest of `--to lora` says so."""
+    try:
+        stated = json.loads((source / MANIFEST_NAME).read_bytes())["base"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):  # no manifest, or none of ours
+        return ()
+    if stated == base.fingerprint():
+        return ()
+    return (
+        f"`{source}` was made for other weights than those of `{base.root}`, by its manifest: ΔW is not of this base",
     )
 
 
 def _kept(adapter: LoraAdapter, weights: Mapping[str, TargetWeight]) -> dict[str, Tensor]:
-    """What was trained beside the factors; the weight of a target that PEFT saved along, untrained, needs no place.
-
-    Raises:
-        ConversionError: such a weight was trained, so that ΔW has another base.
-    """
-    kept, findings = {}, []
-    for name, value in adapter.parameters.items():
-        module, _, leaf = name.rpartition(".")
-        if module not in weights or leaf != "weight":
-            kept[name] = value
-        elif not _is_own(weights[module], value):
-            findings.append(f"{name}: differs from the base's")
-    if findings:
+    kept, retrained = kept_parameters(adapter, weights)
+    if retrained:
         raise ConversionError(
-            f"{adapter.label} brings its own weight for {len(findings)} targets: its ΔW is not one of the base",
-            findings=findings,
+            f"{adapter.label} brings its own weight for {len(retrained)} targets: its ΔW is not one of the base",
+            findings=[f"{name}: differs from the base's" for name in retrained],
             hint="merge it with PEFT, and convert the whole: `--from full-model`",
         )
     return kept
-
-
-def _is_own(weight: TargetWeight, value: Tensor) -> bool:
-    own = weight.matrix()
-    rows = value.T if weight.kind == "conv1d" else value.reshape(value.shape[0], -1)
-    return rows.shape == own.shape and torch.equal(rows.to(own.dtype), own)

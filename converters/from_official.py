@@ -8,27 +8,26 @@ Limits: what a bare state dict does not say, Gram-Schmidt and ε, the caller mus
 controllable generation has no counterpart in diffusers: it is named, not converted.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 from torch import Tensor
 
 from hra_export import names, publish
-from hra_export.adapter import CONFIG_NAME, HraAdapter, adapter_files
+from hra_export.adapter import CONFIG_NAME, HraAdapter, SharedFields, adapter_files, digest_of
 from hra_export.checkpoint import MANIFEST_NAME, Checkpoint
-from hra_export.converted import ConvertedTarget, ConvertReport
-from hra_export.errors import AdapterError, ConversionError, NumericalError
+from hra_export.composition import for_every_chain, rounded_to_float32
+from hra_export.converted import HRA_FORMAT, ConvertedTarget, ConvertReport, manifest_bytes
+from hra_export.errors import AdapterError, ConversionError
 from hra_export.low_rank import HraSource, locate
-from hra_export.official.beside import Beside, sort_beside, use_base
+from hra_export.official.beside import Beside, sort_beside, use_base_
 from hra_export.official.choice import check_layout, choose_layout
 from hra_export.official.layouts import ForeignLayout, chain_vectors
 from hra_export.official.ldm_names import diffusers_names
 from hra_export.official.settings import UNSAID, Settings, epsilon_of, gram_schmidt_of
-from hra_export.official.soft_chain import SoftSource, digest_of, softness
+from hra_export.official.soft_chain import SoftSource, softness
 from hra_export.official.state_file import StateFile, read_state
 
 # β = 2 (1 − softness): below half a unit in the last place of float32, a softened reflection is one.
@@ -88,17 +87,18 @@ def read(
     others = {name: value for name, value in state.tensors.items() if not chosen.pattern.fullmatch(name)}
     if chosen.name == "control":
         chains, others = _renamed(chains, others, base)
-    beside = sort_beside(chosen.name, others, _saved_modules(state))
-    use_base(chosen.name, beside, chains, base)
+    shared = _shared_fields(source, state)
+    beside = sort_beside(chosen.name, others, shared.modules_to_save)
+    use_base_(chosen.name, beside, chains, base)
     if beside.unknown:
         raise AdapterError(f"`{source}`: not tensors of the layout `{chosen.name}`", findings=beside.unknown)
     ranks = sorted({vectors.shape[1] for vectors in chains.values()})
     _check_rank(source, state, ranks)
     rank = " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))
     notes = [f"read as `{chosen.name}`, {chosen.what} ({reason}): {len(chains)} chains of rank {rank}"]
-    soft = _soft_source(source, state, chosen, chains, beside, settings, notes)
-    adapter = _hardened(soft, notes)
-    notes += beside.notes
+    soft, of_settings = _soft_source(source, state, chosen, chains, beside, shared, settings)
+    adapter, of_maths = _hardened(soft)
+    notes += [*of_settings, *of_maths, *beside.notes]
     _check(adapter, base)
     if isinstance(adapter, SoftSource):
         adapter = replace(adapter, notes=tuple(notes))
@@ -126,6 +126,9 @@ def convert(
         settings: as `read`.
         overwrite: replace an earlier output of ours.
 
+    Returns:
+        Of each target ‖R − I‖_F in place of ‖ΔW‖, and what float32 costs of it.
+
     Raises:
         ConversionError: as `read`, and where the maths is not that of HRA.
         AdapterError: as `read`; so MismatchError, NumericalError, FormatError, UnsupportedModelError and ValueError.
@@ -148,10 +151,12 @@ def convert(
         for name, data in files.items():
             stage.write_bytes(name, data)
         stage.publish(MANIFEST_NAME, manifest)
+    adapter = official.adapter
     targets = tuple(
-        ConvertedTarget(module, official.adapter.rank, delta_norm=0.0, error=0.0) for module in official.adapter.chains
+        ConvertedTarget(module, adapter.rank, norm, error)
+        for module, (norm, error) in rounded_to_float32(adapter).items()
     )
-    return ConvertReport("HRA of PEFT", output, size, targets, official.notes)
+    return ConvertReport(HRA_FORMAT, output, size, targets, official.notes, quantity="R − I")
 
 
 def _renamed(
@@ -179,46 +184,48 @@ def _soft_source(
     layout: ForeignLayout,
     chains: Mapping[str, Tensor],
     beside: Beside,
+    shared: SharedFields,
     settings: Settings,
-    notes: list[str],
-) -> SoftSource:
-    """The chains with the settings of their code, said in `notes`; ε is 0 where that code has none."""
-    config = state.configs.get(CONFIG_NAME, {})
-    orthogonalize, said = gram_schmidt_of(layout, state, chains, settings)
-    notes += said
+) -> tuple[SoftSource, list[str]]:
+    """The chains with the settings of their code, and notes on these; ε is 0 where that code has none."""
+    orthogonalize, notes = gram_schmidt_of(layout, state, chains, settings)
     epsilon = 0.0
     if layout.is_soft and not orthogonalize:
-        epsilon, said = epsilon_of(state, settings)
-        notes += said
+        epsilon, more = epsilon_of(state, settings)
+        notes = [*notes, *more]
     has_classifier = "classifier" in beside.modules_to_save
-    return SoftSource(
+    soft = SoftSource(
         chains,
         side="output" if layout.is_output_side else "input",
         epsilon=epsilon,
         orthogonalize=orthogonalize,
         layout=layout.name,
         parameters=beside.parameters,
-        bias=_text(config.get("bias")) or "none",
+        bias=shared.bias,
         modules_to_save=beside.modules_to_save,
-        base=_text(config.get("base_model_name_or_path")),
-        task=_text(config.get("task_type")) or ("SEQ_CLS" if has_classifier else None),
+        base=shared.base,
+        task=shared.task or ("SEQ_CLS" if has_classifier else None),
+        model_class=shared.model_class,
+        model_library=shared.model_library,
         path=source,
     )
+    return soft, notes
 
 
-def _hardened(soft: SoftSource, notes: list[str]) -> HraAdapter | SoftSource:
-    """The same as an HRA adapter, if that is what it is to the rounding of float32; says why not in `notes`."""
+def _hardened(soft: SoftSource) -> tuple[HraAdapter | SoftSource, list[str]]:
+    """The same as an HRA adapter, if that is what it is to the rounding of float32; or notes on why it is not."""
+    notes = []
     softest = max(softness(vectors, soft.epsilon) for vectors in soft.chains.values())
     if softest >= FLOAT32_ROUNDING:
         notes.append(f"its reflections are softened: the softest multiplies 2 v vᵀ by {1 - softest:.3g}")
     if soft.side == "output":
         notes.append("its chains act after their layers (W' = Pᵀ W), those of HRA before them (W' = W R)")
-    if softest >= FLOAT32_ROUNDING or soft.side == "output":
-        return soft
+    if notes:
+        return soft, notes
     ranks = {vectors.shape[1] for vectors in soft.chains.values()}
     if len(ranks) > 1:
         raise AdapterError(f"{soft.label}: the chains of an HRA adapter have one rank, these have {sorted(ranks)}")
-    return HraAdapter(
+    adapter = HraAdapter(
         soft.chains,
         ranks.pop(),
         soft.orthogonalize,
@@ -227,14 +234,19 @@ def _hardened(soft: SoftSource, notes: list[str]) -> HraAdapter | SoftSource:
         modules_to_save=soft.modules_to_save,
         base=soft.base,
         task=soft.task,
+        model_class=soft.model_class,
+        model_library=soft.model_library,
         path=soft.path,
         digest=digest_of({**soft.chains, **soft.parameters}, [soft.orthogonalize]),
     )
+    return adapter, []
 
 
-def _saved_modules(state: StateFile) -> tuple[str, ...]:
-    saved = state.configs.get(CONFIG_NAME, {}).get("modules_to_save")
-    return tuple(name for name in saved if isinstance(name, str)) if isinstance(saved, list) else ()
+def _shared_fields(source: Path, state: StateFile) -> SharedFields:
+    shared, findings = SharedFields.parse(state.configs.get(CONFIG_NAME, {}))
+    if findings:
+        raise AdapterError(f"`{source}`: its configuration is not valid", findings=findings)
+    return shared
 
 
 def _check_rank(source: Path, state: StateFile, ranks: Sequence[int]) -> None:
@@ -247,30 +259,11 @@ def _check_rank(source: Path, state: StateFile, ranks: Sequence[int]) -> None:
 
 def _check(adapter: HraAdapter | SoftSource, base: Checkpoint | None) -> None:
     """Compute every chain once, and find its weight where there is a base."""
-    findings = []
-    modules = adapter.chains
-    for module in modules:
-        try:
-            adapter.reflector(module)
-        except NumericalError as error:
-            findings.append(error.message)
-    if findings:
-        raise NumericalError(f"{len(findings)} chains cannot be computed", findings=findings)
+    for_every_chain(adapter.chains, adapter.reflector)
     if base is not None:
         locate(adapter if isinstance(adapter, SoftSource) else HraSource([adapter]), base)
 
 
 def _manifest(official: Official, adapter: HraAdapter) -> bytes:
-    manifest = {
-        "schema_version": 1,
-        "tool": {"name": "hra-export", "version": metadata.version("hra-export")},
-        "kind": "adapter",
-        "layout": official.layout,
-        "adapters": [adapter.entry()],
-        "notes": list(official.notes),
-    }
-    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(errors="replace")
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
+    content = {"layout": official.layout, "adapters": [adapter.entry()], "notes": list(official.notes)}
+    return manifest_bytes("adapter", content)

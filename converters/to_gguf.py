@@ -276,12 +276,17 @@ def _factors(
     done: dict[str, ConvertedTarget],
     progress: Callable[[int], None] | None,
 ) -> Iterator[Tensor]:
-    """The values of `_layout`, computed when they are asked for; what rounding cost is put into `done`."""
+    """The values of `_layout`, computed when they are asked for; what rounding cost is put into `done`.
+
+    Raises:
+        NumericalError: factors overflow the dtype; all of them, at the end.
+    """
+    overflown = []
     for place in planned.places:
         module = place.weight.module
         left, right, error, norm = rounded(*source.factors(place.weight), place.rank, dtype)
         if error == float("inf"):
-            raise NumericalError(f"`{module}`: {dtype} does not hold its factors", hint="`--dtype float32` does")
+            overflown.append(f"{module}: ‖ΔW‖ is {norm:.3g}")
         done[module] = ConvertedTarget(module, place.rank, norm, error)
         yield right
         moved = torch.empty_like(left)
@@ -289,3 +294,9 @@ def _factors(
         yield moved
         if progress is not None:
             progress(place.weight.size_bytes)
+    if overflown:
+        raise NumericalError(
+            f"the factors of {len(overflown)} targets are beyond {dtype}",
+            findings=overflown,
+            hint="`--dtype bfloat16` and `float32` reach further; or training diverged",
+        )

@@ -8,26 +8,17 @@ five digits.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
-import torch
-
-from hra_export import householder, modelcard, publish
+from hra_export import modelcard, publish
 from hra_export.adapter import HraAdapter, adapter_files
 from hra_export.checkpoint import MANIFEST_NAME
-from hra_export.companions import TOKENIZER_FILES
-from hra_export.composition import composed, idle, reflectors, uniform
-from hra_export.converted import ConvertedTarget, ConvertReport
+from hra_export.companions import tokenizer_files
+from hra_export.composition import composed, idle, rounded_to_float32, uniform
+from hra_export.converted import HRA_FORMAT, ConvertedTarget, ConvertReport, manifest_bytes
 from hra_export.errors import ConversionError
 from hra_export.strength import Interpolation, take_strength
-
-FORMAT = "HRA of PEFT"
-# ‖R − I‖ that is rounding alone: pairs of equal vectors, in float64.
-NOISE = 1e-12
 
 
 def convert(
@@ -62,8 +53,11 @@ def convert(
         ValueError: the strength is not finite.
     """
     product, notes = plan_product(adapters, strength=strength, interpolation=interpolation)
-    targets = _measured(product)
-    tokenizer = _tokenizer_files(product)
+    targets = tuple(
+        ConvertedTarget(module, product.rank, norm, error)
+        for module, (norm, error) in rounded_to_float32(product).items()
+    )
+    tokenizer = {name: path for source in product.sources for name, path in tokenizer_files(source.path).items()}
     card = modelcard.adapter_card(product, _clause(product, strength))
     files = {**adapter_files(product), "README.md": card.encode(errors="replace")}
     size = sum(map(len, files.values())) + sum(path.stat().st_size for path in tokenizer.values())
@@ -76,7 +70,7 @@ def convert(
                 progress(len(data))
         for name, path in tokenizer.items():
             stage.copy(path, name)
-        report = ConvertReport(FORMAT, output, size, targets, notes, quantity="R − I")
+        report = ConvertReport(HRA_FORMAT, output, size, targets, notes, quantity="R − I")
         stage.publish(MANIFEST_NAME, _manifest(product, report, strength, interpolation))
     return report
 
@@ -103,46 +97,19 @@ def plan_product(
     return product, notes
 
 
-def _measured(product: HraAdapter) -> tuple[ConvertedTarget, ...]:
-    """What float32 costs of R − I, target by target."""
-    chains = {module: vectors.to(torch.float32) for module, vectors in product.chains.items()}
-    written = reflectors([replace(product, chains=chains)])
-    found = []
-    for module, exact in reflectors([product]).items():
-        norm, is_as_read = householder.distance(exact), torch.equal(chains[module], product.chains[module])
-        error = 0.0 if is_as_read or norm < NOISE else householder.distance(written[module], exact) / norm
-        found.append(ConvertedTarget(module, product.rank, norm, error))
-    return tuple(found)
-
-
 def _clause(product: HraAdapter, strength: float) -> str:
     composition = "one behind another" if len(product.sources) > 1 else "unchanged"
     return composition if strength == 1 else f"their product at strength {strength:g} (that part of every angle)"
 
 
-def _tokenizer_files(product: HraAdapter) -> dict[str, Path]:
-    """The adapters' own tokenizer files, those of the last that has them."""
-    paths = [source.path / name for source in product.sources if source.path for name in TOKENIZER_FILES]
-    return {path.name: path for path in paths if path.is_file()}
-
-
 def _manifest(product: HraAdapter, report: ConvertReport, strength: float, interpolation: str) -> bytes:
-    """What was done. No times and no machine: equal inputs, equal bytes."""
-    manifest = {
-        "schema_version": 1,
-        "kind": "adapter",
-        "tool": {"name": "hra-export", "version": metadata.version("hra-export")},
+    content = {
         "format": report.format,
         "adapters": [source.entry() for source in product.sources],
         "strength": strength,
         "interpolation": interpolation,
         "rank": product.rank,
         "apply_GS": product.orthogonalize,
-        "notes": list(report.notes),
-        "totals": {"size_bytes": report.size_bytes, "delta_norm": report.delta_norm, "error": report.error},
-        "targets": {
-            target.module: {"rank": target.rank, "delta_norm": target.delta_norm, "error": target.error}
-            for target in report.targets
-        },
+        **report.measured(),
     }
-    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(errors="replace")
+    return manifest_bytes("adapter", content)

@@ -8,7 +8,7 @@ Limits: those of `lora/layout.py`; a target whose own weight was trained too, su
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from hra_export import filesystem, publish
+from hra_export.adapter import CONFIG_NAME
 from hra_export.checkpoint import MANIFEST_NAME, Checkpoint
-from hra_export.converted import ConvertedTarget, ConvertReport
+from hra_export.converted import ConvertedTarget, ConvertReport, manifest_bytes
 from hra_export.errors import NumericalError
 from hra_export.filesystem import as_output_error
 from hra_export.lora import layout as lora_layout
@@ -58,8 +59,8 @@ def convert(
         MismatchError: targets that the base does not have, or of another shape; all of them.
         UnsupportedModelError: a quantized base, or a weight that no LoRA stands for.
         ConversionError: the layout has no place for something that was trained; all of it.
-        CheckpointError: a weight of the base holds NaN or Inf.
-        NumericalError: a chain has no direction, or factors overflow the dtype; nothing is written.
+        NumericalError: a weight of the base holds NaN or Inf, a chain has no direction, or factors overflow the
+            dtype; nothing is written.
         OutputError: the output exists, the disk is full or cannot be written.
     """
     plan = plan_lora(source, base=base, dtype=dtype, mixed_ranks=mixed_ranks, layout=layout)
@@ -147,7 +148,7 @@ def _small_files(plan: LoraPlan) -> dict[str, bytes]:
             model_class=source.model_class,
             model_library=source.model_library,
         )
-        files[lora_layout.CONFIG_NAME] = _json(config)
+        files[CONFIG_NAME] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
     return files
 
 
@@ -163,27 +164,14 @@ def _key(plan: LoraPlan, fingerprint: str) -> str:
 
 
 def _manifest(plan: LoraPlan, report: ConvertReport, fingerprint: str) -> bytes:
-    """What was done, and for which base it holds. No times and no machine: equal inputs, equal bytes."""
+    """What was done, and for which base it holds."""
     base = plan.base
-    return _json(
-        {
-            "schema_version": 1,
-            "tool": {"name": "hra-export", "version": metadata.version("hra-export")},
-            "kind": "lora",
-            "layout": plan.layout,
-            "base": {"name": base.root.name, "component": base.component, "fingerprint": fingerprint},
-            "adapters": plan.source.entries(),
-            "source": plan.source.digest,
-            "dtype": plan.dtype,
-            "notes": list(report.notes),
-            "totals": {"size_bytes": report.size_bytes, "delta_norm": report.delta_norm, "error": report.error},
-            "targets": {
-                target.module: {"rank": target.rank, "delta_norm": target.delta_norm, "error": target.error}
-                for target in report.targets
-            },
-        }
-    )
-
-
-def _json(value: Mapping[str, object]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
+    content = {
+        "layout": plan.layout,
+        "base": {"name": base.root.name, "component": base.component, "fingerprint": fingerprint},
+        "adapters": plan.source.entries(),
+        "source": plan.source.digest,
+        "dtype": plan.dtype,
+        **report.measured(),
+    }
+    return manifest_bytes("lora", content)

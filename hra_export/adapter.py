@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,6 +30,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
+# PEFT's words for the biases that HRA trains beside the chains, from the narrowest to the widest.
+BIASES = ("none", "hra_only", "all")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class HraAdapter:
         if self.path is None and self.origin is not None:
             return ", ".join(adapter.label for adapter in self.origin.adapters)
         return str(self.path) if self.path is not None else "(in memory)"
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells it from any other adapter, hex: the digest, or SHA-256 over what it holds where it has none."""
+        settings = [self.orthogonalize, self.bias, self.modules_to_save, self.task, self.base]
+        return self.digest or digest_of({**self.chains, **self.parameters}, settings)
 
     @property
     def sources(self) -> tuple["HraAdapter", ...]:
@@ -126,31 +136,26 @@ def read_adapter(directory: Path) -> HraAdapter:
         NumericalError: a reflection vector is zero or not finite; all of them named.
         OutputError: the file system does not let us read it.
     """
-    try:
+    with reading_adapter(directory):
         config_bytes = read_config_bytes(directory)
         config = _HraConfig.parse(directory, tensorfile.strict_json(directory / CONFIG_NAME, config_bytes))
         weights = tensorfile.read_header(weights_path(directory))
-    except FormatError as error:
-        raise AdapterError(error.message, findings=error.findings, hint=error.hint) from error
-    except OSError as error:
-        raise OutputError(f"cannot read adapter `{directory}`: {error}") from error
+        digest = files_digest(config_bytes, weights.path)
     chains, parameters = _read_tensors(directory, weights, config)
-    digest = hashlib.sha256(config_bytes)
-    with weights.path.open("rb") as stream:
-        digest.update(hashlib.file_digest(stream, "sha256").digest())
+    shared = config.shared
     return HraAdapter(
         chains=chains,
         parameters=parameters,
         rank=config.rank,
         orthogonalize=config.orthogonalize,
-        bias=config.bias,
-        modules_to_save=config.modules_to_save,
-        base=config.base,
-        task=config.task,
-        model_class=config.model_class,
-        model_library=config.model_library,
+        bias=shared.bias,
+        modules_to_save=shared.modules_to_save,
+        base=shared.base,
+        task=shared.task,
+        model_class=shared.model_class,
+        model_library=shared.model_library,
         path=directory,
-        digest=digest.hexdigest(),
+        digest=digest,
     )
 
 
@@ -192,17 +197,54 @@ def adapter_files(adapter: HraAdapter) -> dict[str, bytes]:
 
 
 @dataclass(frozen=True)
-class _HraConfig:
-    """The fields of `adapter_config.json` that matter here, checked."""
+class SharedFields:
+    """The fields of `adapter_config.json` that adapters of every method have; as the attributes of `HraAdapter`.
 
-    rank: int
-    orthogonalize: bool
+    Attributes:
+        bias: in the method's own words.
+    """
+
     bias: str
     modules_to_save: tuple[str, ...]
     base: str | None
     task: str | None
     model_class: str | None
     model_library: str | None
+
+    @classmethod
+    def parse(cls, config: Mapping[str, object], biases: Collection[str] = BIASES) -> tuple["SharedFields", list[str]]:
+        """The fields, and a finding for each that is malformed.
+
+        Args:
+            config: the parsed file.
+            biases: the method's words for which biases were trained.
+        """
+        saved, bias, mapping = config.get("modules_to_save"), config.get("bias", "none"), config.get("auto_mapping")
+        findings = []
+        if not (isinstance(bias, str) and bias in biases):
+            *others, last = biases
+            findings.append(f"bias: expected {', '.join(others)} or {last}, got {bias!r}")
+        if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+            findings.append(f"modules_to_save: expected a list of names or null, got {saved!r}")
+        mapping = mapping if isinstance(mapping, dict) else {}
+        fields = cls(
+            bias=str(bias),
+            modules_to_save=tuple(saved) if isinstance(saved, list) else (),
+            base=_text(config.get("base_model_name_or_path")),
+            task=_text(config.get("task_type")),
+            model_class=_text(mapping.get("base_model_class")),
+            model_library=_text(mapping.get("parent_library")),
+        )
+        return fields, findings
+
+
+@dataclass(frozen=True)
+class _HraConfig:
+    """The fields of `adapter_config.json` that matter here, checked."""
+
+    rank: int
+    orthogonalize: bool
+    shared: SharedFields
 
     @classmethod
     def parse(cls, directory: Path, config: object) -> "_HraConfig":
@@ -215,35 +257,52 @@ class _HraConfig:
                 f"`{directory}` is not an HRA adapter: its peft_type is {peft_type!r}",
                 hint="PEFT's own `merge_and_unload` merges the other methods",
             )
-        saved, bias = config.get("modules_to_save"), config.get("bias", "none")
-        auto_mapping = config.get("auto_mapping")
-        mapping = auto_mapping if isinstance(auto_mapping, dict) else {}
         rank, orthogonalize = config.get("r"), config.get("apply_GS", False)
         findings = []
         if type(rank) is not int or rank < 1:
             findings.append(f"r: expected a positive integer, got {rank!r}")
         if not isinstance(orthogonalize, bool):
             findings.append(f"apply_GS: expected true or false, got {orthogonalize!r}")
-        if bias not in ("none", "hra_only", "all"):
-            findings.append(f"bias: expected none, hra_only or all, got {bias!r}")
-        if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-            findings.append(f"modules_to_save: expected a list of names or null, got {saved!r}")
+        shared, more = SharedFields.parse(config)
+        findings += more
         if findings:
             raise AdapterError(f"`{path}` is not a valid HRA config", findings=findings)
-        return cls(
-            rank=rank,  # type: ignore[arg-type]  # checked above
-            orthogonalize=orthogonalize,
-            bias=bias,
-            modules_to_save=tuple(saved or ()),
-            base=_text(config.get("base_model_name_or_path")),
-            task=_text(config.get("task_type")),
-            model_class=_text(mapping.get("base_model_class")),
-            model_library=_text(mapping.get("parent_library")),
-        )
+        return cls(rank, orthogonalize, shared)  # type: ignore[arg-type]  # rank: checked above
 
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+@contextmanager
+def reading_adapter(directory: Path) -> Iterator[None]:
+    """Errors of a directory's files as errors of the adapter.
+
+    Raises:
+        AdapterError: in place of a FormatError in the block.
+        OutputError: the file system said no in the block.
+    """
+    try:
+        yield
+    except FormatError as error:
+        raise AdapterError(error.message, findings=error.findings, hint=error.hint) from error
+    except OSError as error:
+        raise OutputError(f"cannot read adapter `{directory}`: {error}") from error
+
+
+def digest_of(tensors: Mapping[str, Tensor], settings: object) -> str:
+    """SHA-256 over named tensors, their dtypes and shapes, and settings that JSON can hold."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, value in tensors.items():
+        digest.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def files_digest(config_bytes: bytes, weights: Path) -> str:
+    """SHA-256 over configuration and weights, hex."""
+    with weights.open("rb") as stream:
+        return hashlib.sha256(config_bytes + hashlib.file_digest(stream, "sha256").digest()).hexdigest()
 
 
 def read_config_bytes(directory: Path) -> bytes:
@@ -289,10 +348,10 @@ def _read_tensors(
     parameters: dict[str, Tensor] = {}
     findings = []
     for key, info in weights.tensors.items():
-        parsed = names.parse_adapter_key(key, config.modules_to_save)
+        parsed = names.parse_adapter_key(key, config.shared.modules_to_save)
         if parsed is None:
             findings.append(f"{key}: not a tensor of an HRA adapter")
-        elif info.dtype not in tensorfile.FLOAT_DTYPES and not _is_saved(parsed, config):
+        elif info.dtype not in tensorfile.FLOAT_DTYPES and not _is_saved(parsed, config.shared.modules_to_save):
             findings.append(f"{key}: expected floats, got {info.dtype}")
         elif parsed.kind == "original":
             continue
@@ -313,9 +372,9 @@ def _read_tensors(
     return chains, parameters
 
 
-def _is_saved(key: names.AdapterKey, config: _HraConfig) -> bool:
+def _is_saved(key: names.AdapterKey, saved: Sequence[str]) -> bool:
     """Whether this belongs to a saved module, which may hold counters: a BatchNorm's `num_batches_tracked`."""
-    return key.kind == "parameter" and names.is_under(key.path, config.modules_to_save)
+    return key.kind == "parameter" and names.is_under(key.path, saved)
 
 
 def _check_directions(label: str, vectors: Mapping[str, Tensor]) -> None:

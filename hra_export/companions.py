@@ -29,9 +29,14 @@ def companion_files(plan: MergePlan) -> dict[str, Path]:
     found = {str(name): plan.base.root / name for name in plan.base.companions()}
     if not plan.base.component:  # a pipeline keeps its tokenizers in folders of their own
         for adapter in plan.sources:
-            own = [adapter.path / name for name in TOKENIZER_FILES] if adapter.path is not None else []
-            found.update({path.name: path for path in own if path.is_file()})
+            found |= tokenizer_files(adapter.path)
     return found
+
+
+def tokenizer_files(folder: Path | None) -> dict[str, Path]:
+    """Name → path of each file of a tokenizer or processor in an adapter's directory, if it has one."""
+    paths = [] if folder is None else [folder / name for name in TOKENIZER_FILES]
+    return {path.name: path for path in paths if path.is_file()}
 
 
 def changed_config(plan: MergePlan) -> dict[str, bytes]:

@@ -9,20 +9,22 @@ an odd number of missing reflections cannot be filled, since each turns the sign
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hra_export import householder
-from hra_export.adapter import HraAdapter, Origin
+from hra_export.adapter import BIASES, HraAdapter, Origin
 from hra_export.errors import ConversionError, MismatchError, NumericalError
 from hra_export.householder import BlockReflector
 from hra_export.rotation import padded
 
-# From the narrowest to the widest: what PEFT makes trainable beside the chains.
-BIASES = ("none", "hra_only", "all")
+T = TypeVar("T")
+# ‖R − I‖ that is rounding alone: pairs of equal vectors, in float64.
+NOISE = 1e-12
 
 
 def composed(adapters: Sequence[HraAdapter]) -> HraAdapter:
@@ -60,8 +62,8 @@ def joined(adapters: Sequence[HraAdapter], chains: Mapping[str, Tensor], *, stre
         chains=chains,
         rank=max(vectors.shape[1] for vectors in chains.values()),
         parameters={name: value for adapter in adapters for name, value in adapter.parameters.items()},
-        bias=max((adapter.bias for adapter in adapters), key=BIASES.index),
-        modules_to_save=tuple(dict.fromkeys(name for adapter in adapters for name in adapter.modules_to_save)),
+        bias=bias_of(adapters),
+        modules_to_save=saved_modules_of(adapters),
         base=next((adapter.base for adapter in adapters if adapter.base), None),
         task=next((adapter.task for adapter in adapters if adapter.task), None),
         model_class=first.model_class,
@@ -89,14 +91,8 @@ def check_agreement(adapters: Sequence[HraAdapter]) -> None:
     Raises:
         MismatchError: they disagree on what they were trained on, on a size, or on a trained parameter; all findings.
     """
-    parameters: dict[str, Tensor] = {}
-    clashes = [
-        f"{name}: two adapters carry different values for it"
-        for adapter in adapters
-        for name, value in adapter.parameters.items()
-        if not parameters.setdefault(name, value).equal(value)
-    ]
-    findings = [*dict.fromkeys(clashes), *_disagreements(adapters)]
+    _, clashes = parameters_of(adapters)
+    findings = [*clashes, *_disagreements(adapters)]
     if findings:
         labels = ", ".join(f"`{adapter.label}`" for adapter in adapters)
         raise MismatchError(f"{labels} do not compose", findings=findings)
@@ -132,11 +128,35 @@ def reflectors(adapters: Sequence[HraAdapter]) -> dict[str, BlockReflector]:
     Raises:
         NumericalError: chains that cannot be computed; all of them.
     """
+    return for_every_chain(modules_of(adapters), lambda module: reflector_of(adapters, module))
+
+
+def rounded_to_float32(adapter: HraAdapter) -> dict[str, tuple[float, float]]:
+    """Of every target ‖R − I‖_F, and the relative error that its vectors in float32, as a file has them, make of it.
+
+    Raises:
+        NumericalError: chains that cannot be computed; all of them.
+    """
+    chains = {module: vectors.to(torch.float32) for module, vectors in adapter.chains.items()}
+    written = reflectors([replace(adapter, chains=chains)])
+    found = {}
+    for module, exact in reflectors([adapter]).items():
+        norm, is_as_read = householder.distance(exact), torch.equal(chains[module], adapter.chains[module])
+        error = 0.0 if is_as_read or norm < NOISE else householder.distance(written[module], exact) / norm
+        found[module] = (norm, error)
+    return found
+
+
+def for_every_chain(modules: Iterable[str], compute: Callable[[str], T]) -> dict[str, T]:
+    """What a computation gives for the chain of every target.
+
+    Raises:
+        NumericalError: chains that cannot be computed; all of them.
+    """
     found, findings, hint = {}, [], None
-    for module in modules_of(adapters):
+    for module in modules:
         try:
-            first, *others = [adapter.reflector(module) for adapter in adapters if module in adapter.chains]
-            found[module] = householder.compose(first, *others)
+            found[module] = compute(module)
         except NumericalError as error:
             findings.append(error.message)
             hint = error.hint
@@ -145,9 +165,40 @@ def reflectors(adapters: Sequence[HraAdapter]) -> dict[str, BlockReflector]:
     return found
 
 
+def reflector_of(adapters: Sequence[HraAdapter], module: str) -> BlockReflector:
+    """R_1 R_2 … of one target of any adapter, float64.
+
+    Raises:
+        NumericalError: a chain cannot be computed; names the target.
+    """
+    return householder.compose(*(adapter.reflector(module) for adapter in adapters if module in adapter.chains))
+
+
 def modules_of(adapters: Sequence[HraAdapter]) -> list[str]:
     """Every target of any adapter, in their order."""
     return list(dict.fromkeys(module for adapter in adapters for module in adapter.chains))
+
+
+def bias_of(adapters: Sequence[HraAdapter]) -> str:
+    """The widest of the adapters' settings."""
+    return max((adapter.bias for adapter in adapters), key=BIASES.index)
+
+
+def saved_modules_of(adapters: Sequence[HraAdapter]) -> tuple[str, ...]:
+    """The modules that any of the adapters was trained with whole."""
+    return tuple(dict.fromkeys(name for adapter in adapters for name in adapter.modules_to_save))
+
+
+def parameters_of(adapters: Sequence[HraAdapter]) -> tuple[dict[str, Tensor], list[str]]:
+    """What was trained beside the chains, and a finding for each value that adapters do not agree on."""
+    found: dict[str, Tensor] = {}
+    clashes = [
+        f"{name}: two adapters carry different values for it"
+        for adapter in adapters
+        for name, value in adapter.parameters.items()
+        if not found.setdefault(name, value).equal(value)
+    ]
+    return found, list(dict.fromkeys(clashes))
 
 
 def columns(adapters: Sequence[HraAdapter], module: str) -> Tensor:

@@ -1,8 +1,15 @@
 """What a conversion wrote: values only, for the command line and for manifests."""
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+
+SCHEMA_VERSION = 1
+# How reports call an HRA adapter, whatever it was made of.
+HRA_FORMAT = "HRA of PEFT"
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,27 @@ class ConvertReport:
         """The smallest and the largest rank of a target."""
         ranks = [target.rank for target in self.targets] or [0]
         return min(ranks), max(ranks)
+
+    def measured(self) -> dict[str, object]:
+        """What manifests say of any conversion: `notes`, `totals`, and the figures of each of `targets`."""
+        return {
+            "notes": list(self.notes),
+            "totals": {"size_bytes": self.size_bytes, "delta_norm": self.delta_norm, "error": self.error},
+            "targets": {
+                target.module: {"rank": target.rank, "delta_norm": target.delta_norm, "error": target.error}
+                for target in self.targets
+            },
+        }
+
+
+def manifest_bytes(kind: str, content: Mapping[str, object]) -> bytes:
+    """The manifest of an output, as UTF-8. No times and no machine: equal inputs, equal bytes.
+
+    Args:
+        kind: of the output: `adapter`, `lora`.
+        content: what stands behind its schema, kind and tool.
+    """
+    tool = {"name": "hra-export", "version": metadata.version("hra-export")}
+    manifest = {"schema_version": SCHEMA_VERSION, "kind": kind, "tool": tool, **content}
+    # A name on disk may hold bytes that are no UTF-8.
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(errors="replace")

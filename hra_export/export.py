@@ -213,7 +213,7 @@ def _key(plan: ExportPlan) -> str:
     described = {
         "versions": _versions(),
         "base": plan.source.fingerprint,
-        "adapters": [adapter.digest for adapter in plan.sources],
+        "adapters": [adapter.identity for adapter in plan.sources],
         "options": asdict(plan.options),
     }
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()

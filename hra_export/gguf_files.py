@@ -145,6 +145,14 @@ def check_installed() -> None:
         raise UnsupportedModelError("the package that writes GGUF files is not installed", hint=_HINT) from error
 
 
+class _Bytes(np.ndarray[Any, np.dtype[np.uint8]]):
+    """An array whose `tofile` fails when the disk is full: numpy's own loses the last buffer without a word."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        """Its bytes, through the stream's own buffer."""
+        fid.write(self.data)
+
+
 def write_file(
     path: Path,
     architecture: str,
@@ -158,6 +166,7 @@ def write_file(
         path: written over.
         architecture: `general.architecture`.
         metadata: floats become float32, whole numbers uint32; in this order. Empty strings are left out.
+            File names that are no Unicode lose those letters.
         plans: every tensor, in order.
         values: of the tensors, in the same order; on the CPU.
 
@@ -170,7 +179,7 @@ def write_file(
     with closing(GGUFWriter(path, architecture)) as writer:
         for key, value in metadata.items():
             if isinstance(value, str):
-                writer.add_string(key, value)
+                writer.add_string(key, value.encode(errors="replace").decode())
             elif isinstance(value, int):
                 writer.add_uint32(key, value)
             else:
@@ -185,4 +194,5 @@ def write_file(
         for plan, tensor in zip(plans, values, strict=True):
             if (tuple(tensor.shape), tensor.dtype) != (plan.shape, plan.dtype):
                 raise ValueError(f"expected {plan}, got {tuple(tensor.shape)} of {tensor.dtype}")
-            writer.write_tensor_data(tensor.contiguous().view(torch.uint8).numpy())  # numpy has no bfloat16
+            data = tensor.contiguous().view(torch.uint8).numpy()  # numpy has no bfloat16
+            writer.write_tensor_data(data.view(_Bytes))

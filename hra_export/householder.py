@@ -74,10 +74,22 @@ def compact_wy(vectors: Tensor, *, orthogonalize: bool = False, dtype: torch.dty
     if orthogonalize:
         u = gram_schmidt(u)
         return BlockReflector(u, 2 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device))
-    t_inverse = torch.triu(u.T @ u, diagonal=1)  # (r, r)
+    return gathered(u)
+
+
+def gathered(columns: Tensor) -> BlockReflector:
+    """(I − 2 u_1 u_1ᵀ) … (I − 2 u_r u_rᵀ) as I − U T Uᵀ: reflections for unit columns, softer ones for shorter.
+
+    Args:
+        columns: U (d, r), float32 or float64, as they are.
+
+    Returns:
+        U itself, and T (r, r) upper triangular with T⁻¹ = ½ I + triu(UᵀU, 1).
+    """
+    t_inverse = torch.triu(columns.T @ columns, diagonal=1)  # (r, r)
     t_inverse.diagonal().fill_(0.5)
-    identity = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-    return BlockReflector(u, torch.linalg.solve_triangular(t_inverse, identity, upper=True))
+    identity = torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
+    return BlockReflector(columns, torch.linalg.solve_triangular(t_inverse, identity, upper=True))
 
 
 def solve_t(u: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hra_export import householder
+from hra_export import composition, householder
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint
 from hra_export.errors import MismatchError, UnsupportedModelError
@@ -131,7 +131,7 @@ class HraSource:
     @property
     def modules(self) -> tuple[str, ...]:
         """Every target of any adapter."""
-        return tuple(dict.fromkeys(module for adapter in self.adapters for module in adapter.chains))
+        return tuple(composition.modules_of(self.adapters))
 
     @cached_property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -140,12 +140,7 @@ class HraSource:
         Raises:
             MismatchError: two adapters carry different values for one.
         """
-        found: dict[str, Tensor] = {}
-        clashes = []
-        for adapter in self.adapters:
-            for name, value in adapter.parameters.items():
-                if not found.setdefault(name, value).equal(value):
-                    clashes.append(f"{name}: two adapters carry different values for it")
+        found, clashes = composition.parameters_of(self.adapters)
         if clashes:
             raise MismatchError(f"{self.label} do not compose", findings=clashes)
         return found
@@ -153,13 +148,12 @@ class HraSource:
     @property
     def bias(self) -> str:
         """The widest of the adapters' settings."""
-        settings = {adapter.bias for adapter in self.adapters}
-        return next((word for word in ("all", "hra_only") if word in settings), "none")
+        return composition.bias_of(self.adapters)
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
         """Those of all adapters."""
-        return tuple(dict.fromkeys(name for adapter in self.adapters for name in adapter.modules_to_save))
+        return composition.saved_modules_of(self.adapters)
 
     @property
     def base(self) -> str | None:
@@ -183,13 +177,14 @@ class HraSource:
 
     @property
     def digest(self) -> str:
-        """Over the adapters' digests, in order, and the strength."""
-        described = [[adapter.digest for adapter in self.adapters], self.strength]
+        """Over what tells the adapters from others, in order, and the strength."""
+        described = [[adapter.identity for adapter in self.adapters], self.strength]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def entries(self) -> list[dict[str, object]]:
-        """The adapters' own, and of what they were made of."""
-        return [entry for adapter in self.adapters for entry in adapter.entries()]
+        """The adapters' own, and of what they were made of; with the part of ΔW that is taken, where it is one."""
+        part = {} if self.strength == 1 else {"strength": self.strength, "interpolation": "linear"}
+        return [{**entry, **part} for adapter in self.adapters for entry in adapter.entries()]
 
     def misfit(self, weight: TargetWeight) -> str | None:
         """U has a row for each column of W."""
@@ -206,8 +201,7 @@ class HraSource:
 
     def reflector(self, module: str) -> BlockReflector:
         """R_1 R_2 … of a target, float64."""
-        first, *others = [adapter.reflector(module) for adapter in self.adapters if module in adapter.chains]
-        return householder.compose(first, *others)
+        return composition.reflector_of(self.adapters, module)
 
     def factors(self, weight: TargetWeight) -> tuple[Tensor, Tensor]:
         """B = −s (W U) T and A = Uᵀ."""
@@ -231,6 +225,22 @@ def locate(source: DeltaSource, base: Checkpoint) -> dict[str, TargetWeight]:
             findings=findings,
         )
     return targets
+
+
+def kept_parameters(source: DeltaSource, weights: Mapping[str, TargetWeight]) -> tuple[dict[str, Tensor], list[str]]:
+    """What was trained beside the targets' chains or factors, by name, and the names of what nothing can stand for.
+
+    The weight of a target that PEFT saved along needs no place where it is the base's own. Where it was trained, ΔW is
+    that of another weight.
+    """
+    kept, retrained = {}, []
+    for name, value in source.parameters.items():
+        module, _, leaf = name.rpartition(".")
+        if module not in weights or leaf != "weight":
+            kept[name] = value
+        elif not weights[module].is_value(value):
+            retrained.append(name)
+    return kept, retrained
 
 
 def rounded(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float, float]:

@@ -217,7 +217,7 @@ def _key(plan: MergePlan, fingerprint: str) -> str:
     described = {
         "version": metadata.version("hra-export"),
         "base": fingerprint,
-        "adapters": [adapter.digest for adapter in plan.sources],
+        "adapters": [adapter.identity for adapter in plan.sources],
         "strength": [plan.strength, plan.interpolation],
         "dtype": plan.dtype,
         "shards": [[shard.name, *(tensor.name for tensor in shard.tensors)] for shard in plan.shards],

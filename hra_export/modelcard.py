@@ -1,9 +1,9 @@
-"""The model card of a merged directory: where it comes from, in the front matter that the Hub understands."""
+"""Model cards of what is written: where it comes from, in the front matter that the Hub understands."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from hra_export.adapter import HraAdapter
     from hra_export.plan import MergePlan
@@ -48,28 +48,34 @@ def adapter_card(adapter: "HraAdapter", done: str) -> str:
         adapter: with its origin.
         done: what was done to them, as a clause that ends the sentence `These HRA adapters, …`.
     """
-    import yaml
-
-    fields: dict[str, Any] = {"library_name": "peft", "tags": ["hra"]}
-    if _is_hub_id(adapter.base):
-        fields |= {"base_model": adapter.base, "base_model_relation": "adapter"}
-    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    front = adapter_front_matter(adapter.base, {"library_name": "peft", "tags": ["hra"]})
     return (
-        f"---\n{front}---\n\n# {len(adapter.chains)} chains of rank {adapter.rank}\n\n"
+        f"{front}# {len(adapter.chains)} chains of rank {adapter.rank}\n\n"
         f"{_adapter_lines(adapter.sources)}\n\nThese HRA adapters, {done}. "
         "`hra_export_manifest.json` says more. Made with hra-export.\n"
     )
 
 
+def adapter_front_matter(base: str | None, fields: "Mapping[str, Any]") -> str:
+    """The front matter of an adapter's card, between its lines and with the blank one behind.
+
+    Args:
+        base: what the adapter calls its base; `base_model` where that means something to others.
+        fields: what else it says.
+    """
+    named = {"base_model": base, "base_model_relation": "adapter"} if _is_hub_id(base) else {}
+    return _between_lines({**fields, **named})
+
+
 def _is_hub_id(base: str | None) -> bool:
-    """Whether a base's name says something to others; a path on somebody's disk does not."""
-    return base is not None and not base.startswith((".", "~", "/")) and base.count("/") == 1
+    """Whether a base's name means something to others; a path on somebody's disk does not."""
+    if base is None or base.startswith((".", "~", "/")) or base.endswith(".gguf"):
+        return False
+    return base.count("/") == 1
 
 
 def _head(plan: "MergePlan", library: str, tags: list[str]) -> str:
-    """The front matter, between its lines."""
-    import yaml
-
+    """The front matter of what was made of a base."""
     base = next((adapter.base for adapter in plan.sources if adapter.base), None)
     inherited = {key: value for key, value in _front_matter(plan).items() if key in INHERITED}
     fields: dict[str, Any] = {
@@ -80,8 +86,13 @@ def _head(plan: "MergePlan", library: str, tags: list[str]) -> str:
     }
     if _is_hub_id(base):
         fields["base_model"] = base
-    data = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()
-    return f"---\n{data}\n---\n\n"
+    return _between_lines(fields)
+
+
+def _between_lines(fields: "Mapping[str, Any]") -> str:
+    import yaml
+
+    return f"---\n{yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True)}---\n\n"
 
 
 def _adapter_lines(adapters: "Sequence[HraAdapter]") -> str:

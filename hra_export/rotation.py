@@ -21,7 +21,7 @@ from scipy.linalg import schur
 from torch import Tensor
 
 from hra_export.errors import ConversionError
-from hra_export.householder import BlockReflector, compact_wy
+from hra_export.householder import BlockReflector
 
 # float64 leaves R on span(U) uncertain by about 1e-15; vectors in float32 tell two directions apart from 1e-7 on.
 SMALLEST_ANGLE = 1e-12
@@ -174,12 +174,3 @@ def padded(vectors: Tensor, rank: int) -> Tensor:
             f"a chain of {vectors.shape[1]} reflections cannot be written as one of {rank}: reflections come in pairs"
         )
     return torch.cat([vectors, vectors[:, -1:].expand(-1, missing)], dim=1)
-
-
-def reflector(rotation: Rotation) -> BlockReflector:
-    """R in compact WY form, float64.
-
-    Raises:
-        ValueError: the identity, which has no chain.
-    """
-    return compact_wy(shortest_chain(rotation))

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from hra_export.adapter import HraAdapter
 from hra_export.composition import check_agreement, columns, joined, reflectors
-from hra_export.errors import ConversionError
+from hra_export.errors import ConversionError, NumericalError
 from hra_export.householder import BlockReflector
 from hra_export.rotation import Rotation, decompose, power, shortest_chain
 
 Interpolation = Literal["geodesic", "linear"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("geodesic", "linear")
+# Beyond it float64 holds t θ to fewer digits than float32 vectors hold a direction.
+LARGEST_POWER = 1e8
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def take_strength(adapters: Sequence[HraAdapter], strength: float, interpolation
         ValueError: t is not finite, or no such interpolation.
         ConversionError: R^t of targets whose determinant is −1; all of them.
         MismatchError: several adapters that are not for one model.
-        NumericalError: chains that cannot be computed; all of them.
+        NumericalError: chains that cannot be computed; all of them. Or R^t for a t beyond `LARGEST_POWER`.
     """
     check_strength(strength, interpolation)
     notes = _notes(adapters, strength)
@@ -109,6 +111,11 @@ def _inverse(adapters: Sequence[HraAdapter]) -> tuple[dict[str, Tensor], list[st
 
 def _power(adapters: Sequence[HraAdapter], strength: float) -> tuple[dict[str, Tensor], list[str]]:
     """R^t of every target, and the targets for which there was a choice."""
+    if abs(strength) > LARGEST_POWER:
+        raise NumericalError(
+            f"strength {strength:g}: planes turn by so many times their angle that nothing is left of its digits",
+            hint=f"geodesic strengths end at {LARGEST_POWER:g}",
+        )
     rotations = {module: (decompose(block), block) for module, block in reflectors(adapters).items()}
     odd = [module for module, (rotation, _) in rotations.items() if rotation.mirrors % 2]
     if odd:

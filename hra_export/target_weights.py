@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hra_export import names
 from hra_export.checkpoint import Checkpoint
-from hra_export.errors import CheckpointError, MismatchError, UnsupportedModelError
+from hra_export.errors import MismatchError, NumericalError, UnsupportedModelError
 from hra_export.layout import Region
 from hra_export.locator import Locator
 from hra_export.pieces import Piece
@@ -62,11 +62,17 @@ class TargetWeight:
         parts = [_part(region, self._files[region.tensor].map(region.tensor)) for region in _ordered(self._regions)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def is_value(self, parameter: Tensor) -> bool:
+        """Whether a parameter, as a model of this kind stores it, holds these values, rounded to their dtype."""
+        own = self.matrix()
+        rows = parameter.T if self.kind == "conv1d" else parameter.reshape(parameter.shape[0], -1)
+        return rows.shape == own.shape and torch.equal(rows.to(own.dtype), own)
+
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Runs of rows, in float64.
 
         Raises:
-            CheckpointError: NaN or Inf among them.
+            NumericalError: NaN or Inf among them.
         """
         matrix = self.matrix()
         step = max(1, BLOCK_ELEMENTS // max(self.shape[1], 1))
@@ -74,7 +80,8 @@ class TargetWeight:
             run = slice(start, min(start + step, self.shape[0]))
             block = matrix[run].double()
             if not block.isfinite().all():
-                raise CheckpointError(f"`{', '.join(self.names)}` holds NaN or Inf in `{self.module}`")
+                file = self._files[self.names[0]].path
+                raise NumericalError(f"`{file}`: `{', '.join(self.names)}` holds NaN or Inf in target `{self.module}`")
             yield run, block
 
     def times(self, right: Tensor) -> Tensor:

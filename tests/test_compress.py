@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,12 @@ from torch import Tensor
 
 from hra_export.adapter import HraAdapter, read_adapter, write_adapter
 from hra_export.checkpoint import Checkpoint, open_checkpoint
+from hra_export.compression import outcome
 from hra_export.compression.components import Components, Measure, components, mirror_axes
 from hra_export.compression.outcome import compress_adapter
-from hra_export.compression.plan import Aspect, plan_compression
+from hra_export.compression.plan import Aspect, CompressionPlan, plan_compression
 from hra_export.compression.selection import best_of_rank, fewest_within, refined
-from hra_export.errors import ConversionError
+from hra_export.errors import ConversionError, OutputError
 from hra_export.householder import compact_wy
 from hra_export.rotation import Rotation, decompose, shortest_chain
 from tests.synthetic import (
@@ -326,6 +329,23 @@ def test_weights_choose_otherwise_than_angles(tmp_path: Path) -> None:
     assert by_weight.predicted["rotation"] > 0.9
 
 
+def test_achieved_is_measured_on_the_file_and_not_on_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of other chains than those planned is told by the number after, and by nothing else."""
+    adapter, base = random_adapter(tmp_path, 8)
+    plan = plan_compression(adapter, rank=4, base=base)
+    compressed = outcome._compressed
+
+    def damaged(plan: CompressionPlan) -> HraAdapter:
+        made = compressed(plan)
+        return replace(made, chains={module: u.flip(1) for module, u in made.chains.items()})
+
+    monkeypatch.setattr(outcome, "_compressed", damaged)
+    report = compress_adapter(plan, tmp_path / "out")
+    expected = dense_errors(adapter, read_adapter(tmp_path / "out"), tmp_path / "base")["weights"]
+    assert report.achieved["weights"] == pytest.approx(expected, rel=STORED)
+    assert report.achieved["weights"] > 1.1 * plan.predicted["weights"]
+
+
 def test_compressed_beats_the_first_columns(tmp_path: Path) -> None:
     adapter, base = random_adapter(tmp_path, 8)
     plan = plan_compression(adapter, rank=4, base=base)
@@ -368,6 +388,14 @@ def test_what_was_trained_beside_the_chains_is_carried_and_bytes_repeat(tmp_path
     for path in (tmp_path / "first").iterdir():
         assert path.name == "README.md" or path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
     assert "base_model: someone/llama" in (tmp_path / "first" / "README.md").read_text()
+
+
+def test_temporary_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, _ = random_adapter(tmp_path, 4)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(OutputError, match="nowhere"):
+        compress_adapter(plan_compression(adapter, rank=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_left_is_refused() -> None:

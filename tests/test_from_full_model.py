@@ -271,7 +271,7 @@ def more_reflections_than_features(scene: Scene) -> None:
     scene.options = {"targets": ["q_proj"], "rank": 33}
 
 
-@refused(4, "NaN or Inf")
+@refused(5, "NaN or Inf")
 def not_finite(scene: Scene) -> None:
     scene.changes[f"{Q}.weight"][0, 0] = float("inf")
 

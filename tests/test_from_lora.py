@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hra_export.adapter import HraAdapter, read_adapter
-from hra_export.checkpoint import Checkpoint, open_checkpoint
+from hra_export.checkpoint import MANIFEST_NAME, Checkpoint, open_checkpoint
 from hra_export.converted import ConvertReport
 from hra_export.errors import HraExportError
 from hra_export.householder import compact_wy, low_rank_factors
+from hra_export.low_rank import HraSource
 from hra_export.registry import load_converter
 from tests import synthetic
 from tests.refusals import Refusals
@@ -251,6 +252,23 @@ def test_untrained_targets_keep_chains_that_cancel(scene: Scene) -> None:
     assert any("1 of 2 targets change nothing" in note for note in report.notes)
 
 
+def test_factors_that_were_made_for_another_base_are_said_to_be(scene: Scene) -> None:
+    """The names and shapes fit; only the manifest of `--to lora` knows."""
+    adapter = HraAdapter({Q: chain(32)}, rank=RANK)
+    load_converter("to_lora").convert(HraSource([adapter]), scene.source, base=scene.base)
+    tensors = {name: value + 1 for name, value in weights_of(scene.base).items()}
+    (scene.folder / "other").mkdir()
+    save_file(tensors, scene.folder / "other" / "model.safetensors")
+    other = open_checkpoint(scene.folder / "other")
+    plan = load_converter("from_lora").plan
+    assert plan(scene.source, base=scene.base, rank=RANK).notes == ()
+    (note,) = plan(scene.source, base=other, rank=RANK).notes
+    assert note.startswith(f"`{scene.source}` was made for other weights than those of `{other.root}`")
+    for manifest in ("{", "[]", '{"base": null}'):
+        (scene.source / MANIFEST_NAME).write_text(manifest)
+        assert plan(scene.source, base=other, rank=RANK).notes == ()
+
+
 def test_weight_that_peft_saved_along_is_left_out(scene: Scene) -> None:
     scene.tensors = {f"{Q}.base_layer.weight": weights_of(scene.base)[f"{Q}.weight"]}
     adapter, _ = scene.convert()
@@ -305,6 +323,17 @@ def regular_expression(scene: Scene) -> None:
 @refused(4, "lora_alpha", "bias", "modules_to_save")
 def wrong_fields(scene: Scene) -> None:
     scene.config = {"lora_alpha": "8", "bias": "some", "modules_to_save": "norm"}
+
+
+@refused(5, Q, UP, "NaN or Inf")
+def alpha_beyond_all_numbers(scene: Scene) -> None:
+    scene.config = {"lora_alpha": 1.7e308}
+    scene.factors = {module: (8 * left.sign(), right) for module, (left, right) in scene.factors.items()}
+
+
+@refused(5, Q, "its norm overflows")
+def norm_beyond_all_numbers(scene: Scene) -> None:
+    scene.config = {"lora_alpha": 1e300}
 
 
 @refused(4, "lora_C")

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from hra_export.adapter import HraAdapter, read_adapter
 from hra_export.checkpoint import open_checkpoint
 from hra_export.errors import AdapterError, ConversionError, MismatchError, NumericalError, OutputError
+from hra_export.householder import dense
 from hra_export.low_rank import DeltaSource, HraSource, locate
 from hra_export.merge import merge_checkpoint
 from hra_export.official.layouts import LAYOUTS, recognize
@@ -117,6 +118,10 @@ def test_convert_writes_a_directory_that_reads_back_the_same(name: str, tmp_path
     manifest = json.loads((tmp_path / "output" / "hra_export_manifest.json").read_text())
     assert manifest["layout"] == layout
     assert {target.module for target in report.targets} == set(made.layers)
+    for target in report.targets:
+        exact, written = (dense(each.reflector(target.module)) for each in (read, adapter))
+        assert target.delta_norm == pytest.approx(float((exact - torch.eye(len(exact))).norm()), rel=1e-9)
+        assert target.error * target.delta_norm == pytest.approx(float((written - exact).norm()), rel=1e-3, abs=1e-12)
 
 
 def hra_tensors(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
@@ -198,6 +203,14 @@ def test_read_tells_released_files_of_peft_by_their_version(tmp_path: Path) -> N
     official = from_official.read(source)
     assert official.layout == "peft"
     assert torch.equal(official.adapter.chains["m"], tensors["base_model.model.m.hra_u"])
+
+
+def test_read_keeps_the_class_that_was_adapted(tmp_path: Path) -> None:
+    tensors = {"base_model.model.m.hra_u": torch.randn(8, RANK)}
+    mapping = {"base_model_class": "BertModel", "parent_library": "transformers.models.bert.modeling_bert"}
+    fields = {"peft_type": "HRA", "apply_GS": False, "peft_version": "0.18.0", "auto_mapping": mapping}
+    adapter = from_official.read(adapter_directory(tmp_path / "a", tensors, **fields)).adapter
+    assert (adapter.model_class, adapter.model_library) == tuple(mapping.values())
 
 
 def test_read_tells_released_files_of_peft_by_the_shapes_of_the_base(tmp_path: Path) -> None:
@@ -285,6 +298,15 @@ def test_read_refuses_another_rank_than_the_configuration_has(tmp_path: Path) ->
     source = adapter_directory(tmp_path / "other", read_file(made.source), eps=EPSILON, r=2)
     with pytest.raises(AdapterError, match=r"says r = 2, its chains have \[4\] vectors"):
         from_official.read(source)
+
+
+@pytest.mark.parametrize(("field", "value"), [("bias", "some"), ("bias", ["none"]), ("modules_to_save", "head")])
+def test_read_refuses_fields_of_the_configuration_that_mean_nothing(field: str, value: object, tmp_path: Path) -> None:
+    made = llama(tmp_path)
+    source = adapter_directory(tmp_path / "other", read_file(made.source), eps=EPSILON, **{field: value})
+    with pytest.raises(AdapterError) as caught:
+        from_official.read(source)
+    assert [line.partition(":")[0] for line in caught.value.findings] == [field]
 
 
 def test_read_takes_hard_vectors_of_the_first_code_for_an_adapter(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_adapters_compose_in_their_order_and_scale(tmp_path: Path) -> None:
     exact = 0.25 * weight.double() @ (explicit(first) @ explicit(second) - torch.eye(D))
     torch.testing.assert_close(product(source, base, "a"), exact, rtol=0, atol=ATOL64)
     assert (source.modules, source.rank("a"), source.rank("b")) == (("a", "b"), 5, 2)
+    part = {"strength": 0.25, "interpolation": "linear"}
+    assert source.entries() == [{**entry, **part} for entry in HraSource(adapters).entries()]
     assert (HraSource(adapters).digest != source.digest, HraSource(adapters, strength=0).rank("a")) == (True, 0)
 
 

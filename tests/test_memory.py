@@ -1,4 +1,4 @@
-"""Resident peaks of whole merges: bounded by the largest tensor, whatever the size of the model.
+"""Resident peaks of whole merges and conversions: bounded by the largest tensor, whatever the size of the model.
 
 The checkpoints have the shapes of an 8B llama and are made of holes; what is merged from them is written in full.
 """
@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak 
 BLOCKS_BYTES = 20 * 2**20
 # Two runs of the same merge differ by the blocks that happen to be under way, 16 MiB for each worker.
 NOISE_BYTES = 100 * 2**20
+# Of a conversion: pages of the weight at hand, its factors in float64, and SciPy. 0.2 GB were seen.
+CONVERSION_BYTES = 400 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,12 @@ def test_merge_of_weights_stored_in_out_stays_within_its_bound(tmp_path: Path) -
     """Their chains act on columns, which lie scattered over the whole tensor."""
     run = measure(gpt2(1), tmp_path)
     assert run.beyond_bytes <= run.bound_bytes
+
+
+def test_conversion_to_lora_takes_one_weight_at_a_time(tmp_path: Path) -> None:
+    run = measure(llama(3, 6144), tmp_path, verb="convert", options=["--to", "lora"])
+    assert run.checkpoint_bytes > 3 * CONVERSION_BYTES
+    assert run.beyond_bytes < CONVERSION_BYTES
 
 
 @pytest.mark.slow

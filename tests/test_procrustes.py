@@ -10,7 +10,7 @@ from hra_export.householder import compact_wy, dense, fold, low_rank_factors
 from hra_export.nearest import procrustes
 from hra_export.nearest.procrustes import distance, nearest_rotation, rotation_floor
 from hra_export.nearest.weight_change import Change, Dense, Difference, dense_change, low_rank_change, orthonormal
-from hra_export.rotation import Rotation, reflector, shortest_chain
+from hra_export.rotation import Rotation, shortest_chain
 
 # A rotation that was folded in is found again: what float64 leaves of ‖ΔW‖² beside ‖W‖², its root.
 RECOVERED = 1e-6
@@ -119,7 +119,7 @@ def test_rotation_floor_is_a_close_lower_bound_beyond_what_is_exact(
 def test_nearest_rotation_is_as_near_as_brute_force(kind: str, size: float, rank: int) -> None:
     weight = weight_of(12, 10, kind=kind, seed=5)
     change = lora_on(weight, 3, size=size, seed=6)
-    found = distance(change, reflector(nearest_rotation(change, rank)))
+    found = distance(change, compact_wy(shortest_chain(nearest_rotation(change, rank))))
     assert found <= NEAR_BEST * brute_force(weight, delta_of(change), rank, starts=4)
 
 
@@ -127,7 +127,7 @@ def test_nearest_rotation_of_full_rank_reaches_the_floor() -> None:
     """d reflections are every rotation there is."""
     weight = weight_of(16, 8, kind="flat", seed=7)
     change = lora_on(weight, 3, size=0.1, seed=8)
-    found = distance(change, reflector(nearest_rotation(change, 8)))
+    found = distance(change, compact_wy(shortest_chain(nearest_rotation(change, 8))))
     assert found == pytest.approx(rotation_floor(change).distance, rel=1e-3)  # a search that stops at the third digit
 
 
@@ -142,7 +142,7 @@ def test_nearest_rotation_finds_a_chain_that_was_folded_in(angles: list[float], 
     chain = compact_wy(vectors)
     change = low_rank_change(Dense(weight), *low_rank_factors(weight, chain))
     found = nearest_rotation(change, vectors.shape[1])
-    assert explicit_distance(weight, fold(weight, chain) - weight, dense(reflector(found))) < RECOVERED
+    assert explicit_distance(weight, fold(weight, chain) - weight, dense(compact_wy(shortest_chain(found)))) < RECOVERED
 
 
 def test_nearest_rotation_finds_the_chain_in_a_dense_difference() -> None:
@@ -152,7 +152,7 @@ def test_nearest_rotation_finds_the_chain_in_a_dense_difference() -> None:
     after = fold(weight, chain)
     delta = Difference(Dense(after), Dense(weight))
     change = dense_change(Dense(weight), delta, float(torch.linalg.matrix_norm(after - weight)), 6)
-    assert distance(change, reflector(nearest_rotation(change, 4))) < RECOVERED
+    assert distance(change, compact_wy(shortest_chain(nearest_rotation(change, 4)))) < RECOVERED
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
@@ -161,7 +161,7 @@ def test_nearest_rotation_has_the_determinant_of_a_chain_this_long(rank: int) ->
     found = nearest_rotation(change, rank)
     assert found.rank <= rank
     assert (rank - found.rank) % 2 == 0
-    assert float(torch.linalg.det(dense(reflector(found)))) == pytest.approx((-1) ** rank)
+    assert float(torch.linalg.det(dense(compact_wy(shortest_chain(found))))) == pytest.approx((-1) ** rank)
 
 
 def test_odd_rotation_mirrors_where_the_weight_is_blind() -> None:
@@ -169,7 +169,7 @@ def test_odd_rotation_mirrors_where_the_weight_is_blind() -> None:
     weight = weight_of(10, 24, kind="flat", seed=15)
     chain = compact_wy(angled_chain(24, [0.4], seed=16))
     change = low_rank_change(Dense(weight), *low_rank_factors(weight, chain))
-    assert distance(change, reflector(nearest_rotation(change, 2))) < RECOVERED
+    assert distance(change, compact_wy(shortest_chain(nearest_rotation(change, 2)))) < RECOVERED
 
 
 def test_nearest_rotation_to_a_larger_weight_is_the_identity() -> None:
@@ -179,7 +179,7 @@ def test_nearest_rotation_to_a_larger_weight_is_the_identity() -> None:
     change = low_rank_change(Dense(weight), 0.1 * left * sigma, right)
     assert rotation_floor(change).distance == pytest.approx(1, rel=SAME)
     found = nearest_rotation(change, 4)
-    assert not found.rank or distance(change, reflector(found)) == pytest.approx(1, abs=RECOVERED)
+    assert not found.rank or distance(change, compact_wy(shortest_chain(found))) == pytest.approx(1, abs=RECOVERED)
 
 
 def test_nothing_turns_a_weight_of_zeros() -> None:
@@ -192,7 +192,7 @@ def test_nothing_turns_a_weight_of_zeros() -> None:
 
 def test_more_reflections_come_nearer() -> None:
     change = lora_on(weight_of(40, 24, kind="falling", seed=18), 6, size=0.1, seed=19)
-    distances = [distance(change, reflector(nearest_rotation(change, rank))) for rank in (2, 4, 8, 16)]
+    distances = [distance(change, compact_wy(shortest_chain(nearest_rotation(change, rank)))) for rank in (2, 4, 8, 16)]
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] >= rotation_floor(change).distance * (1 - SAME)
 

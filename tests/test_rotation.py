@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hra_export.errors import ConversionError
 from hra_export.householder import BlockReflector, compact_wy, compose, dense
-from hra_export.rotation import Rotation, decompose, from_orthogonal, padded, power, reflector, shortest_chain
+from hra_export.rotation import Rotation, decompose, from_orthogonal, padded, power, shortest_chain
 
 # A few roundings of products of norm 1, a few hundred of them; measured: 2e-15.
 ATOL64 = 1e-13
@@ -100,7 +100,7 @@ def test_powers_add_up(t: float) -> None:
 def test_a_power_is_orthogonal_and_ends_at_the_identity_and_the_inverse() -> None:
     vectors = gaussian(20, 6)
     rotation = decompose(compact_wy(vectors))
-    half = dense(reflector(power(rotation, 0.5)))
+    half = dense(compact_wy(shortest_chain(power(rotation, 0.5))))
     close(half @ half.T, torch.eye(20, dtype=torch.float64))
     close(half @ half, explicit(vectors))
     assert torch.equal(shortest_chain(power(rotation, 0))[:, ::2], shortest_chain(power(rotation, 0))[:, 1::2])
@@ -109,7 +109,7 @@ def test_a_power_is_orthogonal_and_ends_at_the_identity_and_the_inverse() -> Non
 
 def test_powers_of_mirrors_are_turns_of_planes_made_of_two() -> None:
     block = compact_wy(gaussian(16, 4), orthogonalize=True)
-    third = dense(reflector(power(decompose(block), 1 / 3)))
+    third = dense(compact_wy(shortest_chain(power(decompose(block), 1 / 3))))
     close(third @ third @ third, dense(block))
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from hra_export import householder
+from hra_export.adapter import digest_of
 from hra_export.errors import NumericalError
-from hra_export.official.soft_chain import SoftSource, digest_of, soft_wy, softness
+from hra_export.official.soft_chain import SoftSource, soft_wy, softness
 from tests.official_layouts import dense_chain
 
 FEATURES = 12

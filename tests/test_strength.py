@@ -182,6 +182,14 @@ def test_parameters_stay_whole_and_that_is_said() -> None:
     assert taken.notes == ("biases and saved modules are the adapters' own at any strength",)
 
 
+@pytest.mark.parametrize("t", [1e9, -1e308])
+def test_powers_without_digits_are_refused_and_parts_of_the_change_are_not(t: float) -> None:
+    adapter = adapter_of(gaussian(12, 4))
+    with pytest.raises(NumericalError, match="digits"):
+        take_strength([adapter], t, "geodesic")
+    assert take_strength([adapter], t, "linear").linear == t
+
+
 def test_what_cannot_be_taken_is_refused_with_all_findings() -> None:
     one, other = adapter_of(gaussian(12, 4), task="CAUSAL_LM"), adapter_of(gaussian(10, 4), task="SEQ_CLS")
     with pytest.raises(MismatchError) as caught:

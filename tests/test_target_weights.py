@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from hra_export.checkpoint import open_checkpoint
-from hra_export.errors import CheckpointError, MismatchError, UnsupportedModelError
+from hra_export.errors import MismatchError, NumericalError, UnsupportedModelError
 from hra_export.pieces import concatenate, deinterleave, regions_of, take, transpose, whole
-from hra_export.target_weights import _part, find_targets
+from hra_export.target_weights import TargetWeight, find_targets
+from hra_export.tensorfile import read_header
 from tests.tiny_models import MODELS
 
 # Sums of 50 products in float64.
@@ -100,7 +102,7 @@ def test_experts_are_found_by_the_names_that_they_have_on_disk(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_rows_that_lie_in_another_order_on_disk_come_in_the_modules(is_transposed: bool) -> None:
+def test_rows_that_lie_in_another_order_on_disk_come_in_the_modules(is_transposed: bool, tmp_path: Path) -> None:
     stored = torch.randn(6, 8) if is_transposed else torch.randn(8, 6)
     block = whole("w", tuple(stored.shape))
     block = transpose(block, 0, 1) if is_transposed else block
@@ -108,8 +110,11 @@ def test_rows_that_lie_in_another_order_on_disk_come_in_the_modules(is_transpose
     (region,) = regions_of("p", mixed, 1)
     rows = stored.T if is_transposed else stored
     swapped = torch.cat([rows[4:], rows[:4]])
-    assert torch.equal(_part(region, stored), torch.cat([swapped[::2], swapped[1::2]]))
-    assert torch.equal(region.part(_part(region, stored)), stored)
+    safetensors.torch.save_file({"w": stored}, tmp_path / "w.safetensors")
+    files = {"w": read_header(tmp_path / "w.safetensors")}
+    matrix = TargetWeight("p", "linear", (8, 6), None, "F32", (region,), files).matrix()
+    assert torch.equal(matrix, torch.cat([swapped[::2], swapped[1::2]]))
+    assert torch.equal(region.part(matrix), stored)
 
 
 def test_missing_targets_are_all_named(tmp_path: Path) -> None:
@@ -133,5 +138,5 @@ def test_nan_in_a_target_is_an_error(tmp_path: Path) -> None:
     model = built("llama")
     model.lm_head.weight.data[3, 4] = float("nan")
     weight = find_targets(open_checkpoint(saved(model, tmp_path)), ["lm_head"])["lm_head"]
-    with pytest.raises(CheckpointError, match=r"lm_head.*NaN"):
+    with pytest.raises(NumericalError, match=r"model.safetensors.*lm_head.*NaN"):
         weight.times(torch.ones(weight.shape[1], 1, dtype=torch.float64))

@@ -2,6 +2,8 @@
 
 import builtins
 import hashlib
+import os
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -328,7 +330,7 @@ REFUSALS: list[tuple[Refusal, type[HraExportError], str]] = [
     (unknown_module, MismatchError, "model.layers.7.self_attn.q_proj"),
     (wrong_width, MismatchError, "model.layers.0.self_attn.q_proj: expected U of shape (64, r)"),
     (nothing_left, ConversionError, "changes nothing"),
-    (too_large, NumericalError, "`lm_head`: torch.float16 does not hold its factors"),
+    (too_large, NumericalError, "lm_head: ‖ΔW‖ is"),
     (other_architecture, UnsupportedModelError, "a `gpt_neox` model"),
     (experts, UnsupportedModelError, "a `mixtral` model"),
     (file_of_another_architecture, MismatchError, "holds a `qwen2` model"),
@@ -345,6 +347,27 @@ def test_refusals_name_what_is_wrong_and_write_nothing(
         attempt(scene)
     assert says in str(caught.value)
     assert not list(scene.folder.rglob("*adapter*"))
+
+
+def test_base_whose_name_is_no_unicode_is_named_as_well_as_can_be(scene: Scene) -> None:
+    scene.base = open_checkpoint((scene.folder / "base").rename(scene.folder / os.fsdecode(b"ba\xffse")))
+    scene.convert(scene.adapter())
+    assert metadata(scene.folder / "adapter.gguf")["general.base_model.0.name"] == "ba?se"
+
+
+@pytest.mark.parametrize("missing", [1, 6000])
+def test_disk_that_is_full_before_the_end_is_an_error(scene: Scene, missing: int) -> None:
+    adapter = scene.adapter()
+    scene.convert(adapter)
+    size = (scene.folder / "adapter.gguf").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - missing, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cut\.gguf"):
+            scene.convert(adapter, name="cut.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(scene.folder.glob("*cut*"))
 
 
 def test_tied_head_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from hra_export.checkpoint import MANIFEST_NAME, open_checkpoint
 from hra_export.converted import ConvertReport
 from hra_export.errors import (
     AdapterError,
-    CheckpointError,
     ConversionError,
     HraExportError,
     MismatchError,
@@ -369,7 +368,7 @@ def test_factors_beyond_float16_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_nan_in_a_target_is_refused(tmp_path: Path) -> None:
     plain_base(tmp_path, {"a.proj.weight": torch.full((8, 8), float("nan"))})
-    assert "a.proj" in refusal(tmp_path, HraAdapter({"a.proj": pairs(8)}, rank=RANK), kind=CheckpointError)
+    assert "a.proj" in refusal(tmp_path, HraAdapter({"a.proj": pairs(8)}, rank=RANK), kind=NumericalError)
 
 
 def test_chains_without_a_direction_are_all_named(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def plan_conversion(request: Request) -> Conversion:
     if request.target == "merged":
         return _merged(request, adapters, linear, notes)
     if request.target == "hra":
-        return _hra(request, adapters, linear, notes)
+        return _hra(request, adapters, notes)
     source = _delta_source(adapters, linear)
     if request.target == "ort-adapter":
         return _ort_adapter(request, source, notes)
@@ -171,7 +171,7 @@ def _ort_adapter(request: Request, source: DeltaSource, notes: tuple[str, ...]) 
     return Conversion(None if base is None else base.root, ranks, 0, notes, run, reports=False)
 
 
-def _hra(request: Request, read: Read, linear: float, notes: tuple[str, ...]) -> Conversion:
+def _hra(request: Request, read: Read, notes: tuple[str, ...]) -> Conversion:
     if isinstance(read, SoftSource):
         raise ConversionError(
             f"{read.label} is not HRA: no HRA adapter stands for it",

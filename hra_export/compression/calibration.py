@@ -162,7 +162,7 @@ def _tokenizer(base: Checkpoint, adapter: HraAdapter) -> Any:
 
     reasons = []
     for folder in (adapter.path, base.root):
-        if folder is not None and any(folder.glob("token*")) | any(folder.glob("*vocab*")):
+        if folder is not None and (any(folder.glob("token*")) or any(folder.glob("*vocab*"))):
             try:
                 return AutoTokenizer.from_pretrained(folder, local_files_only=True)
             except (OSError, ValueError, KeyError) as error:
@@ -176,7 +176,9 @@ def _tokenizer(base: Checkpoint, adapter: HraAdapter) -> Any:
 
 def _window(base: Checkpoint) -> int:
     positions = base.config.get("max_position_embeddings")
-    return min(WINDOW, positions - POSITIONS_KEPT_FREE) if isinstance(positions, int) and positions > 4 else WINDOW
+    if not isinstance(positions, int) or positions <= POSITIONS_KEPT_FREE:
+        return WINDOW
+    return min(WINDOW, positions - POSITIONS_KEPT_FREE)
 
 
 def _texts(path: Path, data: bytes, tokenizer: Any, window: int) -> list[_Text]:

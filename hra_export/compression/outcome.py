@@ -4,26 +4,25 @@ The directory appears whole or not at all, with the tokenizer files of the adapt
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryDirectory, gettempdir
 
 import torch
 from torch import Tensor
 
-from hra_export import __version__, publish
+from hra_export import modelcard, publish
 from hra_export.adapter import HraAdapter, read_adapter, write_adapter
-from hra_export.companions import TOKENIZER_FILES
+from hra_export.companions import tokenizer_files
 from hra_export.compression.components import Deviation
 from hra_export.compression.plan import Aspect, CompressedTarget, CompressionPlan
+from hra_export.converted import manifest_bytes
+from hra_export.filesystem import as_output_error
 from hra_export.householder import BlockReflector, compact_wy
 from hra_export.publish import MANIFEST_NAME
 from hra_export.rotation import padded
 
-SCHEMA_VERSION = 1
 # What each error is relative to, in words.
 ERROR_OF: dict[Aspect, str] = {
     "rotation": "rotation",
@@ -66,16 +65,14 @@ def compress_adapter(plan: CompressionPlan, output: Path, *, overwrite: bool = F
         OutputError: refused, or the file system said no.
         NumericalError: float32 cannot hold a vector.
     """
-    with TemporaryDirectory() as folder:
+    with as_output_error(f"write to the temporary folder `{gettempdir()}`"), TemporaryDirectory() as folder:
         made = Path(folder, "adapter")
         write_adapter(_compressed(plan), made)
         written = read_adapter(made)
         achieved = _achieved(plan, written)
         files = {path.name: path.read_bytes() for path in sorted(made.iterdir())}
-    if plan.adapter.path is not None:
-        sources = [plan.adapter.path / name for name in TOKENIZER_FILES]
-        files |= {path.name: path.read_bytes() for path in sources if path.is_file()}
-    files["README.md"] = _card(plan, achieved, output.name).encode()
+    files |= {name: path.read_bytes() for name, path in tokenizer_files(plan.adapter.path).items()}
+    files["README.md"] = _card(plan, achieved, output.name).encode(errors="replace")
     manifest = _manifest(plan, written, achieved)
     digest = hashlib.sha256(b"".join(name.encode() + data for name, data in sorted(files.items())))
     size_bytes = sum(map(len, files.values())) + len(manifest)
@@ -84,8 +81,7 @@ def compress_adapter(plan: CompressionPlan, output: Path, *, overwrite: bool = F
         output, key=digest.hexdigest(), size_bytes=size_bytes, overwrite=overwrite, protected=protected
     ) as stage:
         for name, data in sorted(files.items()):
-            if not stage.is_finished(name):
-                stage.write_bytes(name, data)
+            stage.write_bytes(name, data)
         stage.publish(MANIFEST_NAME, manifest)
     return CompressionReport(plan, output, size_bytes, achieved)
 
@@ -135,10 +131,7 @@ def _squared(values: Tensor) -> float:
 def _manifest(plan: CompressionPlan, written: HraAdapter, achieved: Mapping[Aspect, float]) -> bytes:
     asked, value = plan.asked
     base = None if plan.base is None else {"name": plan.base.root.name, "fingerprint": plan.base.fingerprint()}
-    manifest: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "tool": {"name": "hra-export", "version": __version__},
-        "kind": "adapter",
+    content = {
         "base": base,
         "sources": plan.adapter.entries(),
         "adapter": {
@@ -157,22 +150,16 @@ def _manifest(plan: CompressionPlan, written: HraAdapter, achieved: Mapping[Aspe
             "ranks": {target.module: target.rank for target in plan.targets},
         },
     }
-    return (json.dumps(manifest, indent=2, ensure_ascii=True) + "\n").encode()
+    return manifest_bytes("adapter", content)
 
 
 def _card(plan: CompressionPlan, achieved: Mapping[Aspect, float], name: str) -> str:
     """README.md: what it was made of, and how far it is from that."""
-    import yaml
-
-    fields: dict[str, Any] = {"library_name": "peft", "tags": ["hra"]}
-    base = plan.adapter.base
-    if base is not None and not base.startswith((".", "~", "/")) and base.count("/") == 1:
-        fields |= {"base_model": base, "base_model_relation": "adapter"}
-    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()
+    front = modelcard.adapter_front_matter(plan.adapter.base, {"library_name": "peft", "tags": ["hra"]})
     source = plan.adapter.path.name if plan.adapter.path is not None else "adapter"
     errors = ", ".join(f"{error:.2%} of the {ERROR_OF[aspect]}" for aspect, error in achieved.items())
     return (
-        f"---\n{front}\n---\n\n# {name}, an HRA adapter\n\n"
+        f"{front}# {name}, an HRA adapter\n\n"
         f"The Householder reflections of `{source}`, {plan.adapter.rank} for each target, in at most {plan.rank}. "
         f"It is off by {errors}.\n\n"
         "`hra_export_manifest.json` says how many each target keeps. Made with `hra-export compress`.\n"

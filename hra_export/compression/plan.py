@@ -182,9 +182,8 @@ def plan_compression(
     Raises:
         ValueError: not exactly one of `rank` and `tolerance`, one that is out of range, or a text without a base.
         ConversionError: nothing would be left.
-        NumericalError: chains that cannot be computed; all of them.
+        NumericalError: chains that cannot be computed; all of them. Or the base holds NaN or Inf in a target.
         MismatchError: the adapter does not fit the base.
-        CheckpointError: the base holds NaN or Inf in a target.
         UnsupportedModelError: as `find_targets`.
     """
     _check_arguments(rank, tolerance, has_base=base is not None, has_text=calibration is not None)

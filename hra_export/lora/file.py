@@ -9,7 +9,6 @@ parameters, initializations that change the base. Pickles are refused.
 Source: PEFT `tuners/lora/layer.py` (`get_delta_weight`, `scaling`), `utils/save_and_load.py`, `utils/other.py`.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -19,12 +18,21 @@ from pathlib import Path
 from torch import Tensor
 
 from hra_export import names, tensorfile
-from hra_export.adapter import CONFIG_NAME, WEIGHTS_NAME, read_config_bytes, weights_path
-from hra_export.errors import AdapterError, FormatError, NumericalError, OutputError, UnsupportedModelError
+from hra_export.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    SharedFields,
+    files_digest,
+    read_config_bytes,
+    reading_adapter,
+    weights_path,
+)
+from hra_export.errors import AdapterError, NumericalError, UnsupportedModelError
+from hra_export.lora import layout
 from hra_export.target_weights import TargetWeight
 
-# PEFT's words for biases, and HRA's.
-BIASES = {"none": "none", "all": "all", "lora_only": "hra_only"}
+# PEFT's words for the biases of a LoRA, and HRA's.
+BIASES = {theirs: ours for ours, theirs in layout.BIASES.items()}
 # Fields that make ΔW something else than s B A of the original weight, and what each one is.
 VARIANTS = {
     "alora_invocation_tokens": "aLoRA, which acts on some tokens alone",
@@ -138,28 +146,24 @@ def read_lora(directory: Path) -> LoraAdapter:
         NumericalError: NaN or Inf in a factor; all of them.
         OutputError: the file system does not let us read it.
     """
-    try:
+    with reading_adapter(directory):
         config_bytes = read_config_bytes(directory)
         config = _Config.parse(directory, tensorfile.strict_json(directory / CONFIG_NAME, config_bytes))
         weights = tensorfile.read_header(weights_path(directory))
-        with weights.path.open("rb") as stream:
-            digest = hashlib.sha256(config_bytes + hashlib.file_digest(stream, "sha256").digest()).hexdigest()
-    except FormatError as error:
-        raise AdapterError(error.message, findings=error.findings, hint=error.hint) from error
-    except OSError as error:
-        raise OutputError(f"cannot read adapter `{directory}`: {error}") from error
+        digest = files_digest(config_bytes, weights.path)
     targets, parameters = _read_tensors(directory, weights, config)
+    shared = config.shared
     return LoraAdapter(
         path=directory,
         targets=targets,
         digest=digest,
         parameters=parameters,
-        bias=BIASES[config.bias],
-        modules_to_save=config.modules_to_save,
-        base=config.base,
-        task=config.task,
-        model_class=config.model_class,
-        model_library=config.model_library,
+        bias=BIASES[shared.bias],
+        modules_to_save=shared.modules_to_save,
+        base=shared.base,
+        task=shared.task,
+        model_class=shared.model_class,
+        model_library=shared.model_library,
     )
 
 
@@ -170,12 +174,7 @@ class _Config:
     alpha: float
     alphas: Mapping[str, float]
     is_root_scaled: bool
-    bias: str
-    modules_to_save: tuple[str, ...]
-    base: str | None
-    task: str | None
-    model_class: str | None
-    model_library: str | None
+    shared: SharedFields
 
     @classmethod
     def parse(cls, directory: Path, config: object) -> "_Config":
@@ -186,30 +185,21 @@ class _Config:
             hint = "`--from hra` takes it" if kind == "HRA" else "PEFT's `convert_to_lora` makes LoRA of some methods"
             raise AdapterError(f"`{directory}` is not a LoRA adapter: its peft_type is {kind!r}", hint=hint)
         _refuse_variants(directory, config)
-        saved, bias, alpha = config.get("modules_to_save"), config.get("bias", "none"), config.get("lora_alpha", 8)
-        alphas, mapping = config.get("alpha_pattern") or {}, config.get("auto_mapping")
+        alpha, alphas = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
         findings = []
         if not _is_number(alpha):
             findings.append(f"lora_alpha: expected a finite number, got {alpha!r}")
         if not (isinstance(alphas, dict) and all(map(_is_number, alphas.values()))):
             findings.append(f"alpha_pattern: expected finite numbers by module, got {alphas!r}")
-        if not (isinstance(bias, str) and bias in BIASES):
-            findings.append(f"bias: expected {', '.join(BIASES)}, got {bias!r}")
-        if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-            findings.append(f"modules_to_save: expected a list of names or null, got {saved!r}")
+        shared, more = SharedFields.parse(config, BIASES)
+        findings += more
         if findings:
             raise AdapterError(f"`{path}` is not a valid LoRA config", findings=findings)
-        mapping = mapping if isinstance(mapping, dict) else {}
         return cls(
             alpha=float(alpha),
             alphas={key: float(value) for key, value in alphas.items()},
             is_root_scaled=bool(config.get("use_rslora")),
-            bias=bias,
-            modules_to_save=tuple(saved or ()),
-            base=_text(config.get("base_model_name_or_path")),
-            task=_text(config.get("task_type")),
-            model_class=_text(mapping.get("base_model_class")),
-            model_library=_text(mapping.get("parent_library")),
+            shared=shared,
         )
 
     def scaling(self, module: str, rank: int) -> float:
@@ -247,7 +237,7 @@ def _read_tensors(
     for key, info in weights.tensors.items():
         path = key.removeprefix(names.PEFT_PREFIX)
         factor = FACTOR.fullmatch(path) if path != key and ".base_layer." not in path else None
-        parsed = names.parse_adapter_key(key, config.modules_to_save)
+        parsed = names.parse_adapter_key(key, config.shared.modules_to_save)
         variant = next((words for part, words in VARIANT_KEYS.items() if part in path), None)
         if variant is not None:
             variants.append(f"{key}: {variant}")
@@ -295,7 +285,7 @@ def _check_finite(directory: Path, targets: Mapping[str, Factors]) -> None:
     wild = [
         f"{module}: NaN or Inf"
         for module, factors in targets.items()
-        if not (factors.left.isfinite().all() and factors.right.isfinite().all())
+        if not ((factors.left.double() * factors.scaling).isfinite().all() and factors.right.isfinite().all())
     ]
     if wild:
         raise NumericalError(
@@ -307,7 +297,3 @@ def _check_finite(directory: Path, targets: Mapping[str, Factors]) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None

@@ -15,14 +15,15 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from hra_export.adapter import WEIGHTS_NAME
+from hra_export.modelcard import adapter_front_matter
 from hra_export.names import PEFT_PREFIX
 from hra_export.target_weights import TargetWeight
 
 FileLayout = Literal["peft", "diffusers"]
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES: dict[FileLayout, str] = {
-    "peft": "adapter_model.safetensors",
+    "peft": WEIGHTS_NAME,
     "diffusers": "pytorch_lora_weights.safetensors",
 }
 # The key of `__metadata__` in which diffusers looks for the arguments of PEFT's LoraConfig, as JSON.
@@ -187,20 +188,15 @@ def model_card(title: str, base: str | None, entries: Iterable[Mapping[str, obje
 
     Args:
         title: the base's name.
-        base: `base_model` unless it is a path, which says nothing to others.
+        base: what the adapters call it.
         entries: of a manifest, one for each adapter.
         library: `peft` or `diffusers`.
     """
-    import yaml
-
-    fields: dict[str, object] = {"library_name": library, "tags": ["lora", "hra"]}
-    if base is not None and not base.startswith((".", "~", "/")) and base.count("/") == 1:
-        fields |= {"base_model": base, "base_model_relation": "adapter"}
-    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    front = adapter_front_matter(base, {"library_name": library, "tags": ["lora", "hra"]})
     lines = [", ".join(f"{key} {value}" for key, value in entry.items() if value is not None) for entry in entries]
     listed = "\n".join(f"- {line}" for line in lines)
     return (
-        f"---\n{front}---\n\n# {title}, with HRA adapters as LoRA\n\n"
+        f"{front}# {title}, with HRA adapters as LoRA\n\n"
         "The Householder reflections of these adapters as low-rank factors. They hold for the weights they were "
         f"computed from, and for no other base:\n\n{listed}\n\n"
         "`hra_export_manifest.json` says what rounding cost each target. Made with `hra-export convert --to lora`.\n"

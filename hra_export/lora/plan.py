@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from hra_export import names, tensorfile
 from hra_export.checkpoint import Checkpoint
-from hra_export.errors import ConversionError, NumericalError
+from hra_export.composition import for_every_chain
+from hra_export.errors import ConversionError
 from hra_export.locator import Locator
 from hra_export.lora import layout as lora_layout
 from hra_export.lora.layout import FileLayout
-from hra_export.low_rank import DeltaSource, locate
+from hra_export.low_rank import DeltaSource, kept_parameters, locate
 from hra_export.plan import STORED_DTYPES
 from hra_export.target_weights import TargetWeight
 
@@ -110,7 +110,7 @@ def plan_lora(
     parameters = _carried(source, weights)
     if component is not None:
         _refuse_beside_factors(source, parameters)
-    own = _own_ranks(source)
+    own = for_every_chain(source.modules, source.rank)
     ranks = _written_ranks(own, mixed_ranks=mixed_ranks)
     written = {module: weights[module] for module in own if ranks[module]}
     arguments = lora_layout.lora_arguments(
@@ -139,27 +139,14 @@ def _component(base: Checkpoint, layout: LayoutChoice) -> str | None:
 
 
 def _carried(source: DeltaSource, weights: Mapping[str, TargetWeight]) -> dict[str, Tensor]:
-    """What was trained beside the chains; the weight of a target that PEFT saved along, untrained, needs no place."""
-    carried, findings = {}, []
-    for name, value in source.parameters.items():
-        module, _, leaf = name.rpartition(".")
-        if module not in weights or leaf != "weight":
-            carried[name] = value
-        elif not _is_own_weight(weights[module], value):
-            findings.append(f"{name}: differs from the base's, for which the factors would hold")
-    if findings:
+    carried, retrained = kept_parameters(source, weights)
+    if retrained:
         raise ConversionError(
-            f"{source.label} brings its own weight for {len(findings)} targets, and a LoRA has no place for both",
-            findings=findings,
+            f"{source.label} brings its own weight for {len(retrained)} targets, and a LoRA has no place for both",
+            findings=[f"{name}: differs from the base's, for which the factors would hold" for name in retrained],
             hint="`hra-export merge` takes such adapters",
         )
     return carried
-
-
-def _is_own_weight(weight: TargetWeight, value: Tensor) -> bool:
-    own = weight.matrix()
-    rows = value.T if weight.kind == "conv1d" else value.reshape(value.shape[0], -1)
-    return rows.shape == own.shape and torch.equal(rows.to(own.dtype), own)
 
 
 def _refuse_beside_factors(source: DeltaSource, parameters: Mapping[str, Tensor]) -> None:
@@ -169,20 +156,6 @@ def _refuse_beside_factors(source: DeltaSource, parameters: Mapping[str, Tensor]
             findings=[f"{name}: no place in diffusers' layout" for name in parameters],
             hint="`--library peft` carries them for PEFT; `hra-export merge` takes them all",
         )
-
-
-def _own_ranks(source: DeltaSource) -> dict[str, int]:
-    """The rank of each target's ΔW."""
-    found, findings, hint = {}, [], None
-    for module in source.modules:
-        try:
-            found[module] = source.rank(module)
-        except NumericalError as error:
-            findings.append(error.message)
-            hint = error.hint
-    if findings:
-        raise NumericalError(f"{len(findings)} chains cannot be computed", findings=findings, hint=hint)
-    return found
 
 
 def _written_ranks(own: Mapping[str, int], *, mixed_ranks: bool) -> dict[str, int]:

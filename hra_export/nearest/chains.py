@@ -7,21 +7,19 @@ Limits: one rank for all targets, as PEFT's file has it. All chains are in memor
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hra_export import publish
+from hra_export import modelcard, publish
 from hra_export.adapter import HraAdapter, adapter_files
 from hra_export.checkpoint import MANIFEST_NAME, Checkpoint
-from hra_export.converted import ConvertedTarget, ConvertReport
-from hra_export.errors import ConversionError
+from hra_export.converted import HRA_FORMAT, ConvertedTarget, ConvertReport, manifest_bytes
+from hra_export.errors import ConversionError, NumericalError
 from hra_export.filesystem import as_output_error
 from hra_export.householder import compact_wy
 from hra_export.nearest import procrustes
@@ -30,7 +28,6 @@ from hra_export.nearest.weight_change import Change, Dense, Matrix
 from hra_export.rotation import padded, shortest_chain
 from hra_export.target_weights import TargetWeight
 
-FORMAT = "HRA of PEFT"
 # Weights up to 128 MB of float64 are held while their chain is sought; larger ones are read again for every product.
 HELD_ELEMENTS = 1 << 24
 # Above this a chain of odd length is off because of the direction that it has to mirror.
@@ -128,7 +125,7 @@ def held(weight: TargetWeight) -> Matrix:
     """The weight in memory where it is small, read by each product where it is not.
 
     Raises:
-        CheckpointError: NaN or Inf in it.
+        NumericalError: NaN or Inf in it.
     """
     if math.prod(weight.shape) > HELD_ELEMENTS:
         return weight
@@ -172,7 +169,7 @@ def write_nearest(
         progress: called with the bytes of each target's weight that was done.
 
     Raises:
-        CheckpointError: a weight holds NaN or Inf.
+        NumericalError: a weight holds NaN or Inf, or the norm of a ΔW overflows.
         OutputError: the output exists, the disk is full or cannot be written.
     """
     protected = [plan.base.root, *plan.paths]
@@ -181,7 +178,10 @@ def write_nearest(
         fingerprint = plan.base.fingerprint()
     chains: dict[str, NearestChain] = {}
     for module, weight in plan.weights.items():
-        chains[module] = nearest_chain(plan.change(weight), plan.rank)
+        change = plan.change(weight)
+        if not math.isfinite(change.norm):
+            raise NumericalError(f"the ΔW of `{module}` is too large to be measured: its norm overflows")
+        chains[module] = nearest_chain(change, plan.rank)
         if progress is not None:
             progress(weight.size_bytes)
     files = {**adapter_files(_adapter(plan, chains)), "README.md": _card(plan).encode(errors="replace")}
@@ -215,7 +215,7 @@ def _report(plan: NearestPlan, output: Path, chains: Mapping[str, NearestChain],
     targets = tuple(
         ConvertedTarget(module, plan.rank, chain.delta_norm, chain.error) for module, chain in chains.items()
     )
-    report = ConvertReport(FORMAT, output, size_bytes, targets, plan.notes, total_floor(chains))
+    report = ConvertReport(HRA_FORMAT, output, size_bytes, targets, plan.notes, total_floor(chains))
     return replace(report, notes=(*plan.notes, *_notes(plan, chains, report.error)))
 
 
@@ -251,24 +251,18 @@ def _notes(plan: NearestPlan, chains: Mapping[str, NearestChain], error: float) 
 
 def _card(plan: NearestPlan) -> str:
     """README.md: what the chains are, and for which base."""
-    base = plan.base_name or ""
-    # A path on somebody's disk says nothing to others; a JSON string is one of YAML.
-    is_hub_id = base.count("/") == 1 and not base.startswith((".", "~", "/"))
-    named = f"base_model: {json.dumps(base)}\nbase_model_relation: adapter\n" if is_hub_id else ""
+    front = modelcard.adapter_front_matter(plan.base_name, {"library_name": "peft", "tags": ["hra"]})
     sources = ", ".join(f"`{entry.get('name')}`" for entry in plan.entries)
     return (
-        f"---\n{named}library_name: peft\ntags:\n- hra\n---\n\n# {len(plan.weights)} chains of rank {plan.rank}\n\n"
+        f"{front}# {len(plan.weights)} chains of rank {plan.rank}\n\n"
         f"The Householder reflections that come nearest to {sources} on this base. `{MANIFEST_NAME}` says how near "
         "each target comes, and how near any rotation could. Made with `hra-export convert`.\n"
     )
 
 
 def _manifest(plan: NearestPlan, report: ConvertReport, chains: Mapping[str, NearestChain], fingerprint: str) -> bytes:
-    """What was done and how far it is off. No times and no machine: equal inputs, equal bytes."""
-    manifest = {
-        "schema_version": 1,
-        "kind": "adapter",
-        "tool": {"name": "hra-export", "version": metadata.version("hra-export")},
+    """What was done and how far it is off."""
+    content = {
         "format": report.format,
         "conversion": plan.conversion,
         "base": {"name": plan.base.root.name, "component": plan.base.component, "fingerprint": fingerprint},
@@ -293,4 +287,4 @@ def _manifest(plan: NearestPlan, report: ConvertReport, chains: Mapping[str, Nea
             for module, chain in chains.items()
         },
     }
-    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(errors="replace")
+    return manifest_bytes("adapter", content)

@@ -74,7 +74,7 @@ def sort_beside(layout: str, tensors: Mapping[str, Tensor], modules_to_save: tup
     return beside
 
 
-def use_base(layout: str, beside: Beside, modules: Collection[str], base: Checkpoint | None) -> None:
+def use_base_(layout: str, beside: Beside, modules: Collection[str], base: Checkpoint | None) -> None:
     """Compare `beside.base_values` with the base, and carry what it lacks, in `beside` itself.
 
     Args:

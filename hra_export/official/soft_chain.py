@@ -9,8 +9,6 @@ T⁻¹ stays ½, since V carries the norms. Before the layer W' = W P, after it 
 Source: `llama/peft/oft/layer.py` and `generation/subject/oft_utils/attention_processor.py` of DaShenZi721/HRA.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hra_export import householder
+from hra_export.adapter import digest_of
 from hra_export.errors import NumericalError
 from hra_export.householder import BlockReflector
 from hra_export.target_weights import TargetWeight
@@ -84,7 +83,8 @@ class SoftSource:
         return digest_of({**self.chains, **self.parameters}, settings)
 
     def entries(self) -> list[dict[str, object]]:
-        """How manifests name it."""
+        """How manifests name it, with the part of ΔW that is taken, where it is one."""
+        part = {} if self.strength == 1 else {"strength": self.strength, "interpolation": "linear"}
         return [
             {
                 "name": self.path.name if self.path else None,
@@ -95,6 +95,7 @@ class SoftSource:
                 "layout": self.layout,
                 "side": self.side,
                 "epsilon": self.epsilon,
+                **part,
             }
         ]
 
@@ -157,11 +158,7 @@ def soft_wy(vectors: Tensor, epsilon: float, *, orthogonalize: bool = False) -> 
     columns = vectors.detach().to("cpu", torch.float64)
     if not columns.isfinite().all():
         raise NumericalError("a vector of the chain is not finite")
-    v = columns / (columns.square().sum(dim=0) + epsilon).sqrt()
-    t_inverse = torch.triu(v.T @ v, diagonal=1)  # (r, r)
-    t_inverse.diagonal().fill_(0.5)
-    identity = torch.eye(v.shape[1], dtype=v.dtype)
-    return BlockReflector(v, torch.linalg.solve_triangular(t_inverse, identity, upper=True))
+    return householder.gathered(columns / (columns.square().sum(dim=0) + epsilon).sqrt())
 
 
 def softness(vectors: Tensor, epsilon: float) -> float:
@@ -173,12 +170,3 @@ def softness(vectors: Tensor, epsilon: float) -> float:
     """
     squares = vectors.detach().double().square().sum(dim=0)
     return float((epsilon / (squares + epsilon)).max()) if epsilon else 0.0
-
-
-def digest_of(tensors: Mapping[str, Tensor], settings: object) -> str:
-    """SHA-256 over named tensors, their dtypes and shapes, and settings that JSON can hold."""
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, value in tensors.items():
-        digest.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ Limits: after a layer, chains mix the rows of the layer, so that these must lie 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,16 +27,14 @@ from hra_export.planning import plan_merge
 class _Placed(HraAdapter):
     """A soft source in the place of an adapter: its chains are shapes, the reflectors are the source's own."""
 
-    soft: SoftSource | None = None
+    soft: SoftSource = field(kw_only=True)
 
     def reflector(self, module: str, *, dtype: torch.dtype = torch.float64) -> BlockReflector:
         """I − V T Vᵀ, not orthogonal where V is soft."""
-        assert self.soft is not None
         return self.soft.reflector(module).to("cpu", dtype)
 
     def entry(self) -> dict[str, object]:
         """The source's own."""
-        assert self.soft is not None
         return self.soft.entries()[0]
 
 

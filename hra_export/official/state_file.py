@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hra_export.adapter import CONFIG_NAME, MAX_CONFIG_BYTES, PICKLE_NAME, WEIGHTS_NAME
 from hra_export.errors import ConversionError, FormatError, OutputError
 from hra_export.tensorfile import read_header, strict_json
 
 # In a directory, the first of these that is there; otherwise its only file with one of the suffixes below.
-KNOWN_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
+KNOWN_NAMES = (WEIGHTS_NAME, PICKLE_NAME, "model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Where the settings of a run may lie, beside the weights.
-CONFIG_NAMES = ("adapter_config.json", "model_config.json")
-MAX_CONFIG_BYTES = 1 << 20
+MODEL_CONFIG_NAME = "model_config.json"  # of the authors' DeBERTa code
+CONFIG_NAMES = (CONFIG_NAME, MODEL_CONFIG_NAME)
 # Keys under which the tensors lie when something else is saved with them.
 NESTED = ("state_dict", "state")
 DISTRIBUTED_PREFIX = "module."

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from hra_export.modelcard import adapter_front_matter
 from hra_export.training.settings import Settings
 
 REST = """\
@@ -27,13 +26,9 @@ def adapter_card(settings: Settings, facts: Mapping[str, Any], best: Mapping[str
     """
     base = facts["base"]["name"]
     fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": PIPELINES[settings.task], "tags": ["hra"]}
-    if is_hub_id(base):
-        fields |= {"base_model": base, "base_model_relation": "adapter"}
-    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()
     form = "Gram-Schmidt" if settings.is_gram_schmidt else f"regularization {settings.regularization:g}"
     lines = [
-        f"---\n{front}\n---\n",
-        f"# {settings.output.name}, an HRA adapter\n",
+        f"{adapter_front_matter(base, fields)}# {settings.output.name}, an HRA adapter\n",
         f"Householder Reflection Adaptation of `{base}` for {settings.task.replace('-', ' ')}, in PEFT's layout.\n",
         "| | |\n|---|---|",
         f"| chains | {facts['targets']} of rank {settings.rank}, {form} |",
@@ -46,8 +41,3 @@ def adapter_card(settings: Settings, facts: Mapping[str, Any], best: Mapping[str
     if settings.labels:
         lines.append(f"| classes | {', '.join(settings.labels)} |")
     return "\n".join([*lines, "", REST])
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a base's name means something to others; a path on somebody's disk does not."""
-    return not name.startswith((".", "~", "/")) and name.count("/") == 1 and not name.endswith(".gguf")
