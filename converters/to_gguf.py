@@ -20,7 +20,7 @@ from torch import Tensor
 from hra_export import __version__, architecture, gguf_files, llama_cpp
 from hra_export.checkpoint import Checkpoint
 from hra_export.converted import ConvertedTarget, ConvertReport
-from hra_export.errors import ConversionError, MismatchError, NumericalError, UnsupportedModelError
+from hra_export.errors import ConversionError, MismatchError, NumericalError, OutputError, UnsupportedModelError
 from hra_export.file_output import check_file, staged_file
 from hra_export.gguf_files import TensorPlan
 from hra_export.low_rank import DeltaSource, locate, rounded
@@ -106,7 +106,7 @@ def convert(
         base: the checkpoint whose weights are multiplied.
         file: the `.gguf` file that `base` was dequantized from; its tensors are then the ones that must exist.
         dtype: of the factors. llama.cpp rounds what it multiplies with half factors to the same half.
-        overwrite: replace a file.
+        overwrite: replace an adapter of llama.cpp, and nothing else.
         progress: called with the bytes of each weight read.
 
     Raises:
@@ -116,6 +116,7 @@ def convert(
     """
     protected = [*source.paths, base.root, *([file] if file else [])]
     check_file(output, overwrite=overwrite, protected=protected)
+    _refuse_replacing(output)
     planned, kind = plan(source, base=base, file=file), DTYPES[dtype]
     metadata = _metadata(source, base, file, planned, kind)
     done: dict[str, ConvertedTarget] = {}
@@ -144,6 +145,14 @@ def plan(source: DeltaSource, *, base: Checkpoint, file: Path | None = None) -> 
     places = tuple(_places(source, base, kind, weights, shapes))
     ranks = {place.weight.module: place.rank for place in places}
     return GgufPlan(kind, {module: ranks.get(module, 0) for module in source.modules}, places)
+
+
+def _refuse_replacing(output: Path) -> None:
+    """What exists may be replaced if it is an adapter: not a model, nor a file of another kind."""
+    if output.exists() and gguf_files.kind_of(output) != "adapter":
+        raise OutputError(
+            f"output `{output}` is not overwritten: it is no adapter of llama.cpp", hint="choose another output"
+        )
 
 
 def _refuse_parameters(source: DeltaSource) -> None:

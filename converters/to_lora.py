@@ -18,6 +18,7 @@ from torch import Tensor
 from hra_export import filesystem, publish
 from hra_export.adapter import CONFIG_NAME
 from hra_export.checkpoint import MANIFEST_NAME, Checkpoint
+from hra_export.companions import tokenizer_files
 from hra_export.converted import ConvertedTarget, ConvertReport, manifest_bytes
 from hra_export.errors import NumericalError
 from hra_export.filesystem import as_output_error
@@ -67,13 +68,16 @@ def convert(
     with as_output_error(f"read base `{base.root}`"):
         fingerprint = base.fingerprint()
     files = _small_files(plan)
-    size = plan.size_bytes + sum(map(len, files.values()))
+    tokenizer = {} if plan.component else {n: path for own in source.paths for n, path in tokenizer_files(own).items()}
+    size = plan.size_bytes + sum(map(len, files.values())) + sum(path.stat().st_size for path in tokenizer.values())
     protected = [base.root, *source.paths]
     key = _key(plan, fingerprint)
     with publish.stage(output, key=key, size_bytes=size, overwrite=overwrite, protected=protected) as stage:
         targets = _write_weights(plan, stage, progress)
         for name, data in files.items():
             stage.write_bytes(name, data)
+        for name, path in tokenizer.items():
+            stage.copy(path, name)
         report = ConvertReport(FORMATS[plan.layout], output, size, targets, plan.notes)
         stage.publish(MANIFEST_NAME, _manifest(plan, report, fingerprint))
     return report

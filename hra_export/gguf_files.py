@@ -92,6 +92,14 @@ def _metadata(source: Path, reader: Any, key: str) -> object:
         raise FormatError(f"`{source}`: `{key}` cannot be read: {error}") from error
 
 
+def kind_of(path: Path) -> object:
+    """`general.type` of a file, `model` or `adapter`; None when it has none, or is no GGUF file."""
+    try:
+        return _metadata(path, open_file(path), "general.type")
+    except FormatError:
+        return None
+
+
 def shape_of(tensor: Any) -> tuple[int, ...]:
     """The shape of a reader's tensor, as torch has it."""
     return tuple(int(size) for size in reversed(tensor.shape))

@@ -200,14 +200,14 @@ def compare(
         return OutputParity(
             name=name,
             max_abs=float(np.abs(cand - ref).max()),
-            relative=_norm(cand - ref) / _norm(ref),
+            relative=float(_norm(cand - ref) / _norm(ref)),
             cosine=float(np.vdot(ref, cand) / (_norm(ref) * _norm(cand))),
-            effect_error=error / effect if effect else (math.inf if error else 0.0),
-            effect_size=effect / _norm(origin),
-            effect_share=float(np.vdot(arrived, moved)) / effect**2 if effect else 1.0,
+            effect_error=float(error / effect) if effect else (math.inf if error else 0.0),
+            effect_size=float(effect / _norm(origin)),
+            effect_share=float(np.vdot(arrived, moved) / effect**2) if effect else 1.0,
             kl=mean_kl(ref, cand) if logits else None,
             top1=float((ref.argmax(-1) == cand.argmax(-1)).mean()) if logits else None,
-            base_error=None if start is None else _norm(own - origin) / _norm(origin),
+            base_error=None if start is None else float(_norm(own - origin) / _norm(origin)),
             base_kl=mean_kl(origin, own) if logits and start is not None else None,
         )
 
@@ -308,8 +308,9 @@ def _cost(effect: float, kl: float | None) -> str:
     return f"{effect:.0%} of the adapter's effect" + ("" if kl is None else f" (KL {kl:.1e} nats)")
 
 
-def _norm(array: Array) -> float:
-    return float(np.linalg.norm(array.ravel()))
+def _norm(array: Array) -> np.float64:
+    """NumPy's own float, which divides by zero without an exception."""
+    return np.float64(np.linalg.norm(array.ravel()))
 
 
 def _list_of(figures: Mapping[str, float]) -> str:

@@ -91,6 +91,15 @@ def test_lora_factors_are_the_change_of_the_weight(scene: Scene) -> None:
     assert np.linalg.norm(got - exact) < RTOL32 * np.linalg.norm(exact)
 
 
+def test_the_tokenizer_that_was_trained_with_travels_along(scene: Scene) -> None:
+    (scene.adapter / "tokenizer.json").write_text("{}")
+    for target in ("lora", "hra"):
+        output = scene.folder / target
+        outcome = scene.convert(scene.adapter, "--base", scene.base, "--to", target, "--output", output)
+        assert outcome.code == 0, outcome.stderr
+        assert (output / "tokenizer.json").read_text() == "{}"
+
+
 def test_what_was_done_is_told_to_people(scene: Scene) -> None:
     outcome = scene.convert(scene.adapter, "--base", scene.base, "--to", "lora")
     assert "2 targets of rank 4, LoRA of PEFT" in outcome.stdout
@@ -153,8 +162,11 @@ def test_a_gguf_adapter_is_one_file(scene: Scene) -> None:
     output = scene.folder / "folder" / "adapter.gguf"
     outcome = scene.convert(scene.adapter, "--base", scene.base, "--to", "gguf", "--output", output)
     assert outcome.code == 0, outcome.stderr
-    assert output.read_bytes()[:4] == b"GGUF"
+    first = output.read_bytes()
+    assert first[:4] == b"GGUF"
     assert [path.name for path in output.parent.iterdir()] == ["adapter.gguf"]
+    again = scene.convert(scene.adapter, "--base", scene.base, "--to", "gguf", "--output", output, "--overwrite")
+    assert (again.code, output.read_bytes() == first) == (0, True)
 
 
 def put_llama_layout(scene: Scene) -> Path:
@@ -326,6 +338,12 @@ def an_output_that_is_someone_elses(scene: Scene) -> list[str | Path]:
 def a_file_that_exists(scene: Scene) -> list[str | Path]:
     scene.output.write_text("mine")
     return [scene.adapter, "--base", scene.base, "--to", "gguf"]
+
+
+@refused(6, "no adapter of llama.cpp")
+def a_file_that_is_no_adapter(scene: Scene) -> list[str | Path]:
+    scene.output.write_text("mine")
+    return [scene.adapter, "--base", scene.base, "--to", "gguf", "--overwrite"]
 
 
 @refused(6, "adapter")

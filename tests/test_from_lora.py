@@ -160,7 +160,7 @@ def test_odd_chains_come_back_at_an_odd_rank(scene: Scene) -> None:
         module: factors_of(weights[f"{module}.weight"], chain(weights[f"{module}.weight"].shape[1], rank=3, seed=i))
         for i, module in enumerate((Q, UP))
     }
-    scene.config = {"lora_alpha": 3}
+    scene.config = {"r": 3, "lora_alpha": 3}
     _, report = scene.convert(rank=3)
     assert report.error < RECOVERED
 
@@ -323,6 +323,16 @@ def regular_expression(scene: Scene) -> None:
 @refused(4, "lora_alpha", "bias", "modules_to_save")
 def wrong_fields(scene: Scene) -> None:
     scene.config = {"lora_alpha": "8", "bias": "some", "modules_to_save": "norm"}
+
+
+@refused(4, "r: expected a positive integer", "rank_pattern")
+def ranks_that_are_none(scene: Scene) -> None:
+    scene.config |= {"r": "x", "rank_pattern": {"q_proj": 0}}
+
+
+@refused(4, Q, "the config says r = 3, got 4", UP, "the config says r = 2, got 4")
+def ranks_of_another_file(scene: Scene) -> None:
+    scene.config |= {"r": 3, "rank_pattern": {"mlp.up_proj": 2}}
 
 
 @refused(5, Q, UP, "NaN or Inf")

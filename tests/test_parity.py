@@ -123,3 +123,9 @@ def test_every_tolerance_has_a_reason_and_a_way_to_fail(row: Tolerance) -> None:
     assert len(row.reason) > 20
     assert row.effect is not None or row.share is not None
     assert (row.effect or row.share or 1.0) < 1  # the base alone, off by 1, never passes
+
+
+def test_logits_that_are_all_zero_are_a_failure_and_no_crash() -> None:
+    zeros = np.zeros((2, 5))
+    found = parity.compare("logits", zeros, zeros, zeros, logits=True)
+    assert math.isnan(found.relative)

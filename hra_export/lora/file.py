@@ -171,6 +171,8 @@ def read_lora(directory: Path) -> LoraAdapter:
 class _Config:
     """The fields of `adapter_config.json` that matter here, checked."""
 
+    rank: int
+    ranks: Mapping[str, int]
     alpha: float
     alphas: Mapping[str, float]
     is_root_scaled: bool
@@ -186,7 +188,12 @@ class _Config:
             raise AdapterError(f"`{directory}` is not a LoRA adapter: its peft_type is {kind!r}", hint=hint)
         _refuse_variants(directory, config)
         alpha, alphas = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
+        rank, ranks = config.get("r", 8), config.get("rank_pattern") or {}
         findings = []
+        if not _is_rank(rank):
+            findings.append(f"r: expected a positive integer, got {rank!r}")
+        if not (isinstance(ranks, dict) and all(map(_is_rank, ranks.values()))):
+            findings.append(f"rank_pattern: expected positive integers by module, got {ranks!r}")
         if not _is_number(alpha):
             findings.append(f"lora_alpha: expected a finite number, got {alpha!r}")
         if not (isinstance(alphas, dict) and all(map(_is_number, alphas.values()))):
@@ -196,11 +203,19 @@ class _Config:
         if findings:
             raise AdapterError(f"`{path}` is not a valid LoRA config", findings=findings)
         return cls(
+            rank=rank,
+            ranks=ranks,
             alpha=float(alpha),
             alphas={key: float(value) for key, value in alphas.items()},
             is_root_scaled=bool(config.get("use_rslora")),
             shared=shared,
         )
+
+    def rank_of(self, module: str) -> int | None:
+        """The rank of this module; None where a pattern is a regular expression, which is not run."""
+        if not all(map(PLAIN_PATH.fullmatch, self.ranks)):
+            return None
+        return next((rank for key, rank in self.ranks.items() if _is_end(key, module)), self.rank)
 
     def scaling(self, module: str, rank: int) -> float:
         """Alpha of this module, by the first pattern that is its path or the end of it, over r or √r."""
@@ -259,6 +274,8 @@ def _read_tensors(
         if left is None or right is None or left.shape[1] != right.shape[0] or not right.shape[0]:
             shapes = ", ".join(f"{letter} {tuple(value.shape)}" for letter, value in pair.items())
             findings.append(f"{module}: expected B (o, r) and A (r, d), got {shapes}")
+        elif config.rank_of(module) not in (None, right.shape[0]):
+            findings.append(f"{module}: the config says r = {config.rank_of(module)}, got {right.shape[0]}")
         else:
             targets[module] = Factors(left, right, config.scaling(module, right.shape[0]))
     if not pairs and not findings:
@@ -293,6 +310,10 @@ def _check_finite(directory: Path, targets: Mapping[str, Factors]) -> None:
             findings=wild,
             hint="training diverged, or the file is damaged; go back to an earlier checkpoint",
         )
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def _is_number(value: object) -> bool:
