@@ -252,12 +252,19 @@ def test_equal_inputs_give_equal_bytes_and_progress_counts_the_weights(scene: Sc
     assert seen == [judge.WIDTH * judge.WIDTH * 4] * judge.LAYERS * 2
 
 
-def test_overwrite_replaces_a_file(scene: Scene) -> None:
-    (scene.folder / "adapter.gguf").write_text("old")
+def test_overwrite_replaces_an_adapter_and_nothing_else(scene: Scene) -> None:
+    output = scene.folder / "adapter.gguf"
+    scene.convert(scene.adapter())
+    first = output.read_bytes()
     with pytest.raises(OutputError, match="exists"):
         scene.convert(scene.adapter())
-    scene.convert(scene.adapter(), overwrite=True)
-    assert (scene.folder / "adapter.gguf").read_bytes()[:4] == b"GGUF"
+    scene.convert(scene.adapter(), dtype="float16", overwrite=True)
+    assert output.read_bytes() != first
+    for other in (b"old", scene.file.read_bytes()):
+        output.write_bytes(other)
+        with pytest.raises(OutputError, match="no adapter of llama.cpp"):
+            scene.convert(scene.adapter(), overwrite=True)
+        assert output.read_bytes() == other
 
 
 Refusal = Callable[[Scene], object]
