@@ -23,7 +23,7 @@ help: ## list the targets
 	@touch $@
 
 test: .venv/.installed ## run the tests, those on real models included (not the slow ones)
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 slow: .venv/.installed ## run the tests that take minutes
 	@$(BIN)/python -m pytest -m slow
@@ -37,7 +37,7 @@ format: .venv/.installed ## format the code, and fix what can be fixed without t
 	@$(BIN)/ruff check --fix-only --quiet $(CODE)
 	@$(BIN)/ruff format $(CODE)
 
-demo: .venv/.installed ## train, merge and validate a real language model
+demo: .venv/.installed ## train, merge, export, convert and validate a real language model
 	@$(BIN)/python examples/demo.py
 
 # A benchmark that ends with 7 lacks its device, a GPU as a rule: the others go on.

@@ -149,7 +149,7 @@ def test_a_swappable_graph_that_keeps_its_bits_takes_files_at_strengths(quantize
 # ------------------------------------------------------------------------------------------- an encoder-decoder
 
 
-@pytest.mark.real  # for its minute on a busy machine: four graphs are traced
+@pytest.mark.slow  # four graphs are traced
 @pytest.mark.timeout(600)
 def test_a_t5_takes_a_file_for_each_of_its_graphs(tmp_path: Path) -> None:
     model: Any = tiny_models.build("t5").eval()
@@ -210,7 +210,7 @@ def t5_graph_logits(directory: Path, files: dict[str, Path]) -> Tensor:
 # ------------------------------------------------------------------------------------------- the authors' layouts
 
 
-@pytest.mark.parametrize("strength", ["1", "0.5"])
+@pytest.mark.parametrize("strength", ["1", pytest.param("0.5", marks=pytest.mark.slow)])
 def test_softened_reflections_after_the_layers_fill_lora_inputs(strength: str, tmp_path: Path) -> None:
     """What no swappable graph holds: ΔW = B A does not ask which side a chain is on."""
     model: Any = llama()

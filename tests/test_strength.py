@@ -399,11 +399,11 @@ def test_live_layers_are_the_merged_weights(llama: Path, interpolation: Interpol
     ("interpolation", "options"),
     [
         pytest.param("geodesic", {}, id="merged, geodesic"),
-        pytest.param("linear", {}, id="merged, linear"),
+        pytest.param("linear", {}, id="merged, linear", marks=pytest.mark.slow),
         pytest.param("geodesic", {"mode": "reflect"}, id="reflect, geodesic"),
         pytest.param("linear", {"mode": "reflect", "plain_ops": True}, id="plain operators, linear"),
         pytest.param("geodesic", {"mode": "reflect", "runtime": "genai"}, id="GenAI, geodesic"),
-        pytest.param("linear", {"runtime": "genai"}, id="GenAI merged, linear"),
+        pytest.param("linear", {"runtime": "genai"}, id="GenAI merged, linear", marks=pytest.mark.slow),
     ],
 )
 def test_graphs_are_the_live_layers(llama: Path, interpolation: str, options: dict[str, Any], tmp_path: Path) -> None:
