@@ -17,7 +17,6 @@ from pathlib import Path
 from torch import Tensor
 
 from hra_export import names
-from hra_export.adapter import CONFIG_NAME
 from hra_export.checkpoint import Checkpoint, open_checkpoint
 from hra_export.companions import tokenizer_files
 from hra_export.converted import ConvertReport
@@ -29,6 +28,7 @@ from hra_export.nearest import chains as nearest
 from hra_export.nearest.chains import NearestPlan
 from hra_export.nearest.model_difference import ModelDifference, class_name, compare_models
 from hra_export.nearest.weight_change import Change, Dense, Difference, dense_change
+from hra_export.peft_directory import CONFIG_NAME
 from hra_export.target_weights import TargetWeight, find_targets, refuse_quantized
 
 # Directions of ΔW that the search starts from: twice those a chain can turn.

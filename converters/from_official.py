@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hra_export import names, publish
-from hra_export.adapter import CONFIG_NAME, HraAdapter, SharedFields, adapter_files, digest_of
+from hra_export.adapter import HraAdapter, adapter_files, digest_of
 from hra_export.checkpoint import MANIFEST_NAME, Checkpoint
 from hra_export.composition import for_every_chain, rounded_to_float32
 from hra_export.converted import HRA_FORMAT, ConvertedTarget, ConvertReport, manifest_bytes
@@ -29,6 +29,7 @@ from hra_export.official.ldm_names import diffusers_names
 from hra_export.official.settings import UNSAID, Settings, epsilon_of, gram_schmidt_of
 from hra_export.official.soft_chain import SoftSource, softness
 from hra_export.official.state_file import StateFile, read_state
+from hra_export.peft_directory import CONFIG_NAME, SharedFields
 
 # β = 2 (1 − softness): below half a unit in the last place of float32, a softened reflection is one.
 FLOAT32_ROUNDING = 2.0**-24

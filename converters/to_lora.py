@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hra_export import filesystem, publish
-from hra_export.adapter import CONFIG_NAME
 from hra_export.checkpoint import MANIFEST_NAME, Checkpoint
 from hra_export.companions import tokenizer_files
 from hra_export.converted import ConvertedTarget, ConvertReport, manifest_bytes
@@ -25,6 +24,7 @@ from hra_export.filesystem import as_output_error
 from hra_export.lora import layout as lora_layout
 from hra_export.lora.plan import Dtype, LayoutChoice, LoraPlan, plan_lora
 from hra_export.low_rank import DeltaSource, rounded
+from hra_export.peft_directory import CONFIG_NAME
 from hra_export.tensorfile import TensorLayout
 
 # How reports call the outputs.

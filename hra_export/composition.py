@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from hra_export import householder
-from hra_export.adapter import BIASES, HraAdapter, Origin
+from hra_export.adapter import HraAdapter, Origin
 from hra_export.errors import ConversionError, MismatchError, NumericalError
 from hra_export.householder import BlockReflector
+from hra_export.peft_directory import BIASES
 from hra_export.rotation import padded
 
 T = TypeVar("T")

@@ -13,17 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hra_export import householder
-from hra_export.adapter import (
-    CONFIG_NAME,
-    MAX_CONFIG_BYTES,
-    PICKLE_NAME,
-    WEIGHTS_NAME,
-    HraAdapter,
-    read_adapter,
-    write_adapter,
-)
+from hra_export.adapter import HraAdapter, read_adapter, write_adapter
 from hra_export.errors import AdapterError, NumericalError
 from hra_export.names import AdapterKey, chain_key, is_under, parameter_key, parse_adapter_key
+from hra_export.peft_directory import CONFIG_NAME, MAX_CONFIG_BYTES, PICKLE_NAME, WEIGHTS_NAME
 
 RANK, FEATURES = 2, 6
 # Reading is a few milliseconds; the regular expression below runs for hours on the names it meets.

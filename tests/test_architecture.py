@@ -57,7 +57,7 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("strength", "composition")],
     # knows one kind of thing each: adapters, bases, output directories, models' names and shapes, the torch operator
     [
-        ("adapter",),
+        ("adapter", "peft_directory"),
         ("checkpoint",),
         ("publish", "replacement", "places"),
         ("file_output",),

@@ -18,7 +18,9 @@ from pathlib import Path
 from torch import Tensor
 
 from hra_export import names, tensorfile
-from hra_export.adapter import (
+from hra_export.errors import AdapterError, NumericalError, UnsupportedModelError
+from hra_export.lora import layout
+from hra_export.peft_directory import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     SharedFields,
@@ -27,8 +29,6 @@ from hra_export.adapter import (
     reading_adapter,
     weights_path,
 )
-from hra_export.errors import AdapterError, NumericalError, UnsupportedModelError
-from hra_export.lora import layout
 from hra_export.target_weights import TargetWeight
 
 # PEFT's words for the biases of a LoRA, and HRA's.

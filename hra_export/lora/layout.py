@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from hra_export.adapter import WEIGHTS_NAME
 from hra_export.modelcard import adapter_front_matter
 from hra_export.names import PEFT_PREFIX
+from hra_export.peft_directory import WEIGHTS_NAME
 from hra_export.target_weights import TargetWeight
 
 FileLayout = Literal["peft", "diffusers"]

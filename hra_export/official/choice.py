@@ -6,11 +6,11 @@ lies beside the tensors tells, or the base does, or the caller must.
 
 from collections.abc import Mapping
 
-from hra_export.adapter import CONFIG_NAME
 from hra_export.checkpoint import Checkpoint
 from hra_export.errors import ConversionError
 from hra_export.official.layouts import LAYOUTS, ForeignLayout, chain_vectors, recognize
 from hra_export.official.state_file import StateFile
+from hra_export.peft_directory import CONFIG_NAME
 from hra_export.target_weights import find_targets
 
 

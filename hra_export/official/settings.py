@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hra_export.adapter import CONFIG_NAME
 from hra_export.errors import ConversionError
 from hra_export.householder import unit_columns
 from hra_export.official.layouts import ForeignLayout
 from hra_export.official.state_file import MODEL_CONFIG_NAME, StateFile
+from hra_export.peft_directory import CONFIG_NAME
 
 # Columns whose cosines are below this are orthogonal to the rounding of float32: Gram-Schmidt leaves them as they are.
 ORTHOGONAL = 1e-6

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hra_export.adapter import CONFIG_NAME, MAX_CONFIG_BYTES, PICKLE_NAME, WEIGHTS_NAME
 from hra_export.errors import ConversionError, FormatError, OutputError
+from hra_export.peft_directory import CONFIG_NAME, MAX_CONFIG_BYTES, PICKLE_NAME, WEIGHTS_NAME
 from hra_export.tensorfile import read_header, strict_json
 
 # In a directory, the first of these that is there; otherwise its only file with one of the suffixes below.

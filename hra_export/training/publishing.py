@@ -13,8 +13,9 @@ import tomli_w
 import torch
 
 from hra_export import __version__, publish
-from hra_export.adapter import CONFIG_NAME, WEIGHTS_NAME, HraAdapter, read_adapter
+from hra_export.adapter import HraAdapter, read_adapter
 from hra_export.errors import AdapterError, NumericalError
+from hra_export.peft_directory import CONFIG_NAME, WEIGHTS_NAME
 from hra_export.publish import MANIFEST_NAME
 from hra_export.training.card import adapter_card
 from hra_export.training.checkpoints import RECORD_NAME, RunDirectory

@@ -11,8 +11,9 @@ from peft.tuners.hra.layer import HRALayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hra_export.adapter import CONFIG_NAME, WEIGHTS_NAME, HraAdapter, read_adapter, write_adapter
+from hra_export.adapter import HraAdapter, read_adapter, write_adapter
 from hra_export.attachment import attach
+from hra_export.peft_directory import CONFIG_NAME, WEIGHTS_NAME
 from tests.tiny_models import MODELS, build, scores
 
 # Float32 on both sides; PEFT multiplies dense matrices where we rotate activations. Outputs are around 1, errors 1e-6.
