@@ -113,7 +113,12 @@ def quantized(tmp_path: Path) -> Quantized:
     return Quantized(tmp_path)
 
 
-STRENGTHS = [("0.5", "geodesic"), ("-1", "geodesic"), ("0.5", "linear"), ("-1", "linear")]
+STRENGTHS = [
+    ("0.5", "geodesic"),
+    ("0.5", "linear"),
+    pytest.param("-1", "geodesic", marks=pytest.mark.slow),
+    pytest.param("-1", "linear", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("strength", "interpolation"), STRENGTHS)

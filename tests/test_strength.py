@@ -401,7 +401,9 @@ def test_live_layers_are_the_merged_weights(llama: Path, interpolation: Interpol
         pytest.param("geodesic", {}, id="merged, geodesic"),
         pytest.param("linear", {}, id="merged, linear", marks=pytest.mark.slow),
         pytest.param("geodesic", {"mode": "reflect"}, id="reflect, geodesic"),
-        pytest.param("linear", {"mode": "reflect", "plain_ops": True}, id="plain operators, linear"),
+        pytest.param(
+            "linear", {"mode": "reflect", "plain_ops": True}, id="plain operators, linear", marks=pytest.mark.slow
+        ),
         pytest.param("geodesic", {"mode": "reflect", "runtime": "genai"}, id="GenAI, geodesic"),
         pytest.param("linear", {"runtime": "genai"}, id="GenAI merged, linear", marks=pytest.mark.slow),
     ],
@@ -521,6 +523,7 @@ def test_a_graph_is_judged_at_the_strength_it_was_made_at(llama: Path, half: Pat
         assert (refused.code, "means nothing" in refused.stderr) == (4, True)
 
 
+@pytest.mark.slow
 def test_swappable_graphs_are_judged_at_the_strength_of_each_file(llama: Path, tmp_path: Path) -> None:
     """An adapter file may have been made later, at a strength of its own."""
     adapters = adapters_in(llama, "adapter", "second")

@@ -55,7 +55,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="hra-export")
 def cli() -> None:
-    """Train, fold, validate and ship Householder Reflection Adaptation (HRA) adapters.
+    """Train, fold, export, convert and validate Householder Reflection Adaptation (HRA) adapters.
 
     Example: hra-export merge runs/adapter --base models/base --output merged
     """

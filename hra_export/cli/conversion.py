@@ -52,7 +52,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, after the options were checked against source and target."""
+    """One call of the command, its options checked against source and target."""
 
     sources: tuple[str, ...]
     origin: str
