@@ -29,7 +29,8 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 UP_PROJ = "model.layers.1.mlp.up_proj"
 PREFIX = "base_model.model."
 WIDTH = 32
-# Products of float32 weights and vectors in float64, rounded once to float32.
+# Values near 1 are computed in float64 and rounded to float32 once or twice, 6e-8 each; measured: 5e-8. The margin is
+# for products of two written chains and entries that add up many roundings.
 RTOL32 = 1e-6
 
 
@@ -142,10 +143,10 @@ def test_there_and_back_through_lora(scene: Scene) -> None:
     nearest = ("--from", "lora", "--to", "hra", "--rank", "4", "--base", scene.base, "--json")
     outcome = scene.convert(scene.output, *nearest, "--output", back)
     assert outcome.code == 0, outcome.stderr
-    assert outcome.json["error"] < 4 * RTOL32
+    assert outcome.json["error"] < RTOL32
     for module in (Q_PROJ, UP_PROJ):
         exact = dense_chain(vectors(scene.adapter, module))
-        np.testing.assert_allclose(dense_chain(vectors(back, module)), exact, atol=16 * RTOL32)
+        np.testing.assert_allclose(dense_chain(vectors(back, module)), exact, atol=RTOL32)
 
 
 def test_from_a_merged_model_back_to_the_adapter(scene: Scene) -> None:
@@ -155,7 +156,7 @@ def test_from_a_merged_model_back_to_the_adapter(scene: Scene) -> None:
     outcome = scene.convert(merged, *nearest)
     assert outcome.code == 0, outcome.stderr
     assert sorted(outcome.json["ranks"]) == [Q_PROJ, UP_PROJ]
-    assert outcome.json["error"] < 64 * RTOL32  # of merged weights, which are 30 times as large as ΔW's last bits
+    assert outcome.json["error"] < RTOL32  # these chains are far from parallel: ΔW is as large as W
 
 
 def test_a_gguf_adapter_is_one_file(scene: Scene) -> None:
@@ -198,6 +199,19 @@ def test_the_authors_llama_layout_becomes_weights_or_lora(scene: Scene, target: 
     else:
         got = written[f"{Q_PROJ}.weight"].values()
     np.testing.assert_allclose(got, softened(u, 1e-4).T @ weight, rtol=0, atol=RTOL32)
+
+
+def test_a_part_of_softened_chains_is_named_in_the_manifest(scene: Scene) -> None:
+    part = ("--strength", "0.5", "--interpolation", "linear")
+    official = put_llama_layout(scene)
+    outcome = scene.convert(official, "--from", "official", "--base", scene.base, "--to", "lora", *part)
+    assert outcome.code == 0, outcome.stderr
+    (entry,) = json.loads((scene.output / "hra_export_manifest.json").read_text())["adapters"]
+    assert (entry["strength"], entry["interpolation"]) == (0.5, "linear")
+    weight = read_tensors(scene.base)[f"{Q_PROJ}.weight"].values()
+    u, written = read_tensors(official)[f"{PREFIX}{Q_PROJ}.oft_r"].values(), read_tensors(scene.output)
+    b, a = (written[f"{PREFIX}{Q_PROJ}.lora_{letter}.weight"].values() for letter in "BA")
+    np.testing.assert_allclose(b @ a, (softened(u, 1e-4).T @ weight - weight) / 2, rtol=0, atol=RTOL32)
 
 
 @refused(4, "is not HRA", "--to lora", "llama")
