@@ -17,7 +17,7 @@ RUN apt-get update \
 FROM python AS build
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3.12-venv \
+    && apt-get install --yes --no-install-recommends g++ python3.12-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
 # torch first: it is nearly all of the download, and changes least often.
@@ -33,6 +33,10 @@ ENV SOURCE_DATE_EPOCH=315532800
 RUN /opt/venv/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /opt/wheel .
 RUN /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" \
     "$(echo /opt/wheel/hra_export-*.whl)[diffusers,genai,gguf,train]"
+# Kernels for ONNX Runtime, beside the package; their compilers stay out of the image.
+RUN /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt --no-deps --target /opt/tools \
+    cmake ninja nvidia-cuda-cccl nvidia-cuda-crt nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-nvvm
+RUN PATH=/opt/tools/bin:${PATH} PYTHONPATH=/opt/tools /opt/venv/bin/hra-export build-op --cuda on
 
 FROM python
 ARG VERSION=0.1.0

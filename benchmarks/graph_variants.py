@@ -1,4 +1,4 @@
-"""One base graph with one adapter in every form: folded, as a function, as plain operators, as dense matrices.
+"""One base graph with one adapter in every form: folded, as an operator, as plain operators, as dense matrices.
 
 Nothing here is imported by the process that measures memory.
 """
@@ -24,16 +24,21 @@ from hra_export.graph.families import graph_specs
 from hra_export.graph.forms import Form, lower_
 from hra_export.graph.genai_builder import run_builder
 from hra_export.graph.genai_names import builder_names
+from hra_export.graph.grouped_operator import declare_used_
 from hra_export.graph.grouping import ReflectionSite, groups
 from hra_export.graph.insertion import insert_reflections_
 from hra_export.graph.operator import declare_
 from hra_export.graph.options import GraphOptions
+from hra_export.graph.regrouping import group_
 from hra_export.graph.splitting import take_over_
 from hra_export.graph.values import TensorSpec
 from hra_export.workload import Load, feeds_of
 
+# Sessions of these run the operator's kernels; all others inline its body.
+NATIVE = ("native", "native-grouped")
 # `auto` is what --plain-ops writes; `output` is what LoRA of this rank looks like.
-VARIANTS = ("merged", "function", "auto", *(form for form in get_args(Form) if form != "gemm"), "materialized")
+FORMS = ("auto", *(form for form in get_args(Form) if form != "gemm"))
+VARIANTS = ("merged", "function", *NATIVE, *FORMS, "materialized")
 AGREEMENT = 1e-3  # of the largest output; forms differ by roundings, a wrong one by the adapter's effect
 
 
@@ -96,8 +101,11 @@ def make_variants(graph: Path, widths: Mapping[str, int], rank: int, folder: Pat
         insert_reflections_(model, [adapter], rename=builder_names(widths) if "model.layers.0" in min(widths) else {})
         if name == "merged":
             _fold_(model)
-        elif name == "function":
+        elif name in ("function", "native"):
             declare_(model)
+        elif name == "native-grouped":
+            group_(model)
+            declare_used_(model)
         elif name == "materialized":
             _materialize_(model)
         else:
@@ -107,15 +115,26 @@ def make_variants(graph: Path, widths: Mapping[str, int], rank: int, folder: Pat
 
 
 def time_variants(
-    folder: Path, names: Sequence[str], cases: Sequence[Case], *, rounds: int, threads: int
+    folder: Path, names: Sequence[str], cases: Sequence[Case], *, rounds: int, threads: int, library: Path | None = None
 ) -> dict[str, dict[str, list[float]]]:
     """Case → variant → seconds of each run: one process, one pool of threads for all sessions, bound inputs.
+
+    Args:
+        folder: of the variants' files.
+        names: of the variants, in the order they are loaded.
+        cases: what is run.
+        rounds: turns of each variant.
+        threads: of the pool; 0 for all cores.
+        library: with the operator's kernels, for the native variants; the others never see it.
 
     Raises:
         RuntimeError: a variant computes something else than the first one.
     """
     onnxruntime.set_global_thread_pool_sizes(threads, 1)
-    sessions = {name: _session(folder / name / "model.onnx") for name in names}
+    libraries = {name: library if name in NATIVE else None for name in names}
+    # The session that is loaded first is some percent slower than all that follow, whatever it holds.
+    first_in_memory = _session(folder / names[0] / "model.onnx", libraries[names[0]])
+    sessions = {name: _session(folder / name / "model.onnx", libraries[name]) for name in names}
     taken = {}
     for case in cases:
         first = next(iter(sessions.values()))
@@ -124,6 +143,7 @@ def time_variants(
         _check(sessions, feeds)
         contenders = [Contender(name, _bound(session, feeds)) for name, session in sessions.items()]
         taken[case.name] = take_turns(contenders, rounds=rounds)
+    del first_in_memory
     return taken
 
 
@@ -171,8 +191,10 @@ def _remove_(site: ReflectionSite) -> None:
             del graph.initializers[str(value.name)]
 
 
-def _session(path: Path) -> Any:
+def _session(path: Path, library: Path | None) -> Any:
     options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.use_per_session_threads = False  # pools that spin side by side would slow each other down
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

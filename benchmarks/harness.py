@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("hra-export", "torch", "transformers", "peft", "safetensors")
+PACKAGES = ("hra-export", "torch", "triton", "transformers", "peft", "safetensors", "onnx", "onnxruntime-gpu")
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,32 @@ def machine() -> dict[str, object]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a checkout that is not installed, or a bare machine
+        return ""
 
 
 def report(name: str, header: Sequence[str], rows: Sequence[Sequence[str]], data: Mapping[str, object]) -> None:
     """Print a table, and write it with everything behind it to `results/<name>.json`."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, ["-" * width for width in widths], *rows]:
-        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+    sys.stdout.write(as_table(header, rows))
     RESULTS.mkdir(exist_ok=True)
     body = {"machine": machine(), "table": [list(header), *map(list, rows)], **data}
     (RESULTS / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n")
     sys.stdout.write(f"\n{RESULTS.name}/{name}.json\n")
+
+
+def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines of aligned columns."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    aligned = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "".join(f"{line.rstrip()}\n" for line in aligned)
 
 
 def as_data(runs: Mapping[str, Sequence[Run]]) -> dict[str, list[dict[str, float]]]:

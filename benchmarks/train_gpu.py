@@ -1,8 +1,10 @@
 """Training on a GPU: llamas of 1B, 3B and 8B size in bfloat16 with our HRA, and PEFT's LoRA, OFT and HRA.
 
-    python -m benchmarks.train_gpu [--rounds 5] [--only CASE …] [--budget 420]
+    python -m benchmarks.train_gpu [--rounds 5] [--only CASE …] [--layers N] [--budget 420] [--check]
 
-The models have the shapes of Llama 3.2 1B and 3B and of Llama 3.1 8B at their whole depth, and random weights. As in
+"ours" runs our Triton kernels, "ours-plain" the same layers on torch's own. The models have the shapes of Llama 3.2 1B
+and 3B and of Llama 3.1 8B at their whole depth, or N blocks of it, and random weights.
+As in
 PEFT's MetaMathQA comparison: 4 rows of 768 tokens, r = 32, adapters in float32, and no gradient checkpointing but in
 cases named after it. Cases named "qv" have its targets, q_proj and v_proj; in the others every linear layer of the
 blocks is adapted. LoRA has alpha = r and no dropout; OFT the block size that brings it nearest to HRA's number of
@@ -26,23 +28,32 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
+from benchmarks.ceilings import clocks
 from benchmarks.harness import machine, report, say
-from benchmarks.llamas import SIZES, build_base, checkpoint_gradients_, sharing_copy
+from benchmarks.llamas import SIZES, Size, build_base, checkpoint_gradients_, sharing_copy
 from benchmarks.train import BLOCK_LINEARS
 from benchmarks.trainee import LEARNING_RATE, METHODS, Method, adapt, trainable
+from hra_export import kernels
 from hra_export.errors import DeviceError
 
+Name = Method | Literal["ours-plain"]
+PLAIN: Literal["ours-plain"] = "ours-plain"
 BATCH, TOKENS, RANK = 4, 768, 32
 STEPS_A_TURN = 3
 SLOW_SECONDS = 2.0
 TARGETS = {"all": BLOCK_LINEARS, "qv": ("q_proj", "v_proj")}
+
+
+TOY = Size(64, 96, layers=2, heads=4, key_heads=2, head_width=16, tied=True, vocabulary=96)
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,10 @@ class Case:
         return "-".join([self.size, self.targets, *(ends or ["eager"])])
 
     @property
-    def methods(self) -> list[Method]:
-        """Who takes part, in order."""
-        return [method for method in METHODS if not (self.backend and method == "peft-hra")]
+    def methods(self) -> list[Name]:
+        """Who takes part, in order; without a GPU there are no kernels to do without."""
+        names: list[Name] = [method for method in METHODS if not (self.backend and method == "peft-hra")]
+        return ["ours", PLAIN, *names[1:]] if torch.cuda.is_available() else names
 
 
 # What matters most comes first, for the budget's sake.
@@ -117,11 +129,12 @@ class Figures:
 class Contender:
     """An adapted model that shares its frozen weights with others, and an optimizer."""
 
-    def __init__(self, base: nn.Module, case: Case, method: Method, ids: torch.Tensor) -> None:
+    def __init__(self, base: nn.Module, case: Case, method: Name, ids: torch.Tensor) -> None:
         model: Any = sharing_copy(base)
         if case.checkpointing:
             checkpoint_gradients_(model)
-        self.model = adapt(model, method, RANK, TARGETS[case.targets]).train()
+        self._is_plain = method == PLAIN
+        self.model = adapt(model, "ours" if method == PLAIN else method, RANK, TARGETS[case.targets]).train()
         if case.backend:
             for block in model.model.layers:
                 block.compile(backend=case.backend)
@@ -130,6 +143,10 @@ class Contender:
 
     def step(self) -> None:
         """Forward, backward, AdamW, zero_grad."""
+        with without_kernels() if self._is_plain else nullcontext():
+            self._step()
+
+    def _step(self) -> None:
         self.model(input_ids=self._ids, labels=self._ids).loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -150,11 +167,18 @@ class Contender:
         return first.elapsed_time(last) / 1000 / steps
 
 
-def measure(base: nn.Module, case: Case, ids: torch.Tensor, rounds: int) -> dict[Method, Figures]:
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Have the operators of torch run their plain versions, in this process, on a GPU too."""
+    with patch.object(kernels, "take", lambda x, rank: False):
+        yield
+
+
+def measure(base: nn.Module, case: Case, ids: torch.Tensor, rounds: int) -> dict[Name, Figures]:
     """All contenders of a case, interleaved; one that fails is out, and its figures say why."""
     base_bytes = sum(parameter.nbytes for parameter in base.parameters())
-    figures: dict[Method, Figures] = {}
-    contenders: dict[Method, Contender] = {}
+    figures: dict[Name, Figures] = {}
+    contenders: dict[Name, Contender] = {}
     for method in case.methods:
         figures[method] = Figures(base_bytes)
         contender = _warm_up(base, case, method, ids, figures[method])
@@ -170,7 +194,7 @@ def measure(base: nn.Module, case: Case, ids: torch.Tensor, rounds: int) -> dict
     return figures
 
 
-def _warm_up(base: nn.Module, case: Case, method: Method, ids: torch.Tensor, figures: Figures) -> Contender | None:
+def _warm_up(base: nn.Module, case: Case, method: Name, ids: torch.Tensor, figures: Figures) -> Contender | None:
     """Make a contender, let it step, and note its memory; None if it failed, or is too slow to take turns."""
     _forget_garbage()
     before, (graphs, breaks) = _allocated(), _compilations()
@@ -184,7 +208,7 @@ def _warm_up(base: nn.Module, case: Case, method: Method, ids: torch.Tensor, fig
         _forget_garbage()
         figures.held_bytes = _allocated() - before
         figures.transient_bytes = _transient(contender)
-    except RuntimeError as error:  # out of memory, and what compilers raise
+    except Exception as error:  # out of memory, compilers; Triton's are no RuntimeError
         figures.failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         return None
     figures.graphs, figures.graph_breaks = _compilations()[0] - graphs, _compilations()[1] - breaks
@@ -229,7 +253,7 @@ HEADER = ["case", "adapter", "parameters", "s a step", "steps/s", "÷ LoRA", "PE
           "beyond weights GB", "÷ LoRA", "graphs", "breaks"]  # fmt: skip
 
 
-def table(case: Case, figures: Mapping[Method, Figures]) -> list[list[str]]:
+def table(case: Case, figures: Mapping[Name, Figures]) -> list[list[str]]:
     """The rows of one case. "÷ LoRA" divides by LoRA's figure, "PEFT HRA ÷" PEFT HRA's time by this one's."""
     rows = []
     nothing = Figures(0)
@@ -266,25 +290,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], metavar="CASE")
+    parser.add_argument("--layers", type=int, metavar="N", help="blocks of every model; all by default")
     parser.add_argument("--budget", type=float, default=420, help="seconds after which no case is begun")
+    parser.add_argument("--check", action="store_true", help="one step of everybody at toy size, on any machine")
     arguments = parser.parse_args()
+    if arguments.check:
+        sys.exit(check(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     if not torch.cuda.is_available():
         error = DeviceError("this benchmark needs an NVIDIA GPU, and torch sees none", hint="`hra-export doctor`")
         say(f"error: {error}")
         sys.exit(error.exit_code)
     chosen = [case for case in CASES if not arguments.only or case.name in arguments.only]
     say(f"on {torch.cuda.get_device_name()}:")
-    sys.exit(run_cases(chosen, torch.device("cuda"), rounds=arguments.rounds, budget=arguments.budget))
+    rounds, budget, layers = arguments.rounds, arguments.budget, arguments.layers
+    sys.exit(run_cases(chosen, torch.device("cuda"), rounds=rounds, budget=budget, layers=layers))
 
 
-def run_cases(chosen: Sequence[Case], device: torch.device, *, rounds: int, budget: float) -> int:
+def check(device: torch.device) -> int:
+    """Let every contender step at toy size; returns the exit code."""
+    ids = torch.randint(TOY.vocabulary, (2, 8), device=device)
+    figures = measure(build_base(TOY, device), Case("1B", "all"), ids, rounds=1)
+    return int(any(each.failure for each in figures.values()))
+
+
+def run_cases(
+    chosen: Sequence[Case], device: torch.device, *, rounds: int, budget: float, layers: int | None = None
+) -> int:
     """Measure cases until the budget is spent, and report those done, whatever happens; returns the exit code."""
     machine()  # a package that it misses is better missed before than after
     began = time.monotonic()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    about = {"device": name, "rank": RANK, "batch": BATCH, "tokens": TOKENS, "rounds": rounds}
+    about: dict[str, Any] = {"device": name, "rank": RANK, "batch": BATCH, "tokens": TOKENS, "rounds": rounds,
+             "layers": layers, "clocks": clocks()}  # fmt: skip
     rows: list[list[str]] = []
-    done: dict[str, dict[Method, Figures]] = {}
+    done: dict[str, dict[Name, Figures]] = {}
     size, base = "", nn.Module()
     try:
         for case in chosen:
@@ -294,7 +333,8 @@ def run_cases(chosen: Sequence[Case], device: torch.device, *, rounds: int, budg
             if case.size != size:
                 base = nn.Module()  # the memory of the last one is needed
                 _forget_garbage()
-                size, base = case.size, build_base(SIZES[case.size], device)
+                size, whole = case.size, SIZES[case.size]
+                base = build_base(replace(whole, layers=layers or whole.layers), device)
             ids = torch.randint(SIZES[size].vocabulary, (BATCH, TOKENS), device=device)
             Contender(base, Case(size, "qv"), "lora", ids).step()  # libraries take buffers of their own
             done[case.name] = measure(base, case, ids, rounds)

@@ -7,14 +7,15 @@ own again.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hra_export.adapter import HraAdapter
 from hra_export.contenders import Contender, LiveModel, OpenDirectory
-from hra_export.errors import GraphError
+from hra_export.errors import DeviceError, GraphError
 from hra_export.filesystem import as_output_error
+from hra_export.graph.native import Operator
 from hra_export.graph.providers import Provider
 from hra_export.workload import Load
 
@@ -30,12 +31,14 @@ class Timing:
     Attributes:
         seconds: of each run.
         units: tokens of a run, or rows where there are none.
+        operator: what ran a graph's reflections, `native` kernels or `inlined` bodies; None where there are none.
     """
 
     contender: str
     load: Load
     seconds: tuple[float, ...]
     units: int
+    operator: str | None = None
 
     @property
     def median(self) -> float:
@@ -79,6 +82,7 @@ class BenchReport:
         timings = [
             {
                 "contender": each.contender,
+                "operator": each.operator,
                 **{f"load_{key}" if key == "name" else key: value for key, value in asdict(each.load).items()},
                 "median_seconds": each.median,
                 "p90_seconds": each.slow,
@@ -102,6 +106,8 @@ class BenchPlan:
         batch, tokens: rows, and tokens of each.
         rounds: turns of each contender.
         threads: of one operator on the CPU; all cores when left out.
+        operators: what runs the reflections, as of `GraphSession.open`; each directory that has any is measured with
+            every one, in this order.
     """
 
     directories: Sequence[Path]
@@ -112,6 +118,7 @@ class BenchPlan:
     tokens: int = 128
     rounds: int = 10
     threads: int | None = None
+    operators: Sequence[Operator] = ("auto",)
 
 
 def bench(plan: BenchPlan, *, say: Say | None = None) -> BenchReport:
@@ -123,11 +130,12 @@ def bench(plan: BenchPlan, *, say: Say | None = None) -> BenchReport:
 
     Raises:
         GraphError: no graph in a directory, a graph that cannot be fed, or graphs of different kinds of model.
-        DeviceError: the provider is missing, or another one would run some nodes.
+        FormatError: the library of operators cannot be used.
+        DeviceError: the provider is missing, another one would run some nodes, or there are no kernels to compare.
         CheckpointError, MismatchError: base and adapters do not fit.
     """
     tell = say or (lambda text: None)
-    graphs = [OpenDirectory.open(path, provider=plan.provider, threads=plan.threads) for path in plan.directories]
+    graphs = [each for path in plan.directories for each in _opened(path, plan)]
     loads = graphs[0].loads(plan.batch, plan.tokens)
     if odd := [each.path for each in graphs if each.loads(plan.batch, plan.tokens) != loads]:
         findings = [f"`{graphs[0].path}` and `{path}`" for path in odd]
@@ -137,7 +145,9 @@ def bench(plan: BenchPlan, *, say: Say | None = None) -> BenchReport:
     notes = list(dict.fromkeys(note for each in graphs for note in each.notes))
     for load in loads:
         feeds = graphs[0].feeds(load)
-        contenders = [contender for each in graphs for contender in each.contenders(load)]
+        told_apart = len(plan.operators) > 1
+        contenders = [contender for each in graphs for contender in each.contenders(load, told_apart=told_apart)]
+        operators = {each.name: each.operator for each in contenders}
         if live is not None and load.graph != "decoder_model":
             contenders.append(Contender("PyTorch", live.runner(load, feeds)))
         elif live is not None:
@@ -145,8 +155,21 @@ def bench(plan: BenchPlan, *, say: Say | None = None) -> BenchReport:
         tell(f"{load.name}: {len(contenders)} contenders, {plan.rounds} turns each")
         units = load.batch * (load.tokens if any(name.endswith("input_ids") for name in feeds) else 1)
         taken = take_turns(contenders, rounds=plan.rounds)
-        timings += [Timing(name, load, tuple(seconds), units) for name, seconds in taken.items()]
+        timings += [Timing(name, load, tuple(seconds), units, operators.get(name)) for name, seconds in taken.items()]
     return BenchReport(plan.provider, tuple(timings), tuple(notes))
+
+
+def _opened(path: Path, plan: BenchPlan) -> Iterator[OpenDirectory]:
+    """A directory with everything that can run its reflections, once where it has none."""
+    for operator in plan.operators:
+        opened = OpenDirectory.open(path, provider=plan.provider, threads=plan.threads, operator=operator)
+        if len(plan.operators) > 1 and operator is not None and opened.operator == "inlined":
+            reasons = {session.operator.reason for session in opened.sessions.values()}
+            hint = "`hra-export build-op` builds a library"
+            raise DeviceError("there are no native kernels to compare with", findings=sorted(reasons), hint=hint)
+        yield opened
+        if opened.operator is None:
+            return
 
 
 def take_turns(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from hra_export.adapter import HraAdapter
 from hra_export.attachment import attach
 from hra_export.checkpoint import MANIFEST_NAME, open_checkpoint
 from hra_export.errors import GraphError
+from hra_export.graph.document import open_graph
+from hra_export.graph.grouped_operator import is_operator
+from hra_export.graph.native import Operator
 from hra_export.graph.providers import Provider
 from hra_export.graph.session import GraphSession
 from hra_export.graph.values import Array
@@ -31,15 +34,27 @@ class Contender:
     Attributes:
         name: as in the table.
         run: does it once, and returns when it is done.
+        operator: what runs a graph's reflections, `native` kernels or `inlined` bodies; None where there are none.
     """
 
     name: str
     run: Callable[[], object]
+    operator: Literal["native", "inlined"] | None = None
 
 
 @dataclass(frozen=True)
 class OpenDirectory:
-    """The sessions of one output of `hra-export onnx`."""
+    """The sessions of one output of `hra-export onnx`.
+
+    Attributes:
+        path: of the directory, or of a single graph.
+        sessions: stem of a file → its session.
+        manifest: what the export said; empty for others.
+        widths: sizes of dynamic axes that no load knows.
+        pixels: height and width, where a graph leaves them open.
+        adapter: name of the one that is loaded, if any.
+        reflections: how many nodes of all graphs are operators of ours.
+    """
 
     path: Path
     sessions: Mapping[str, GraphSession]
@@ -47,19 +62,26 @@ class OpenDirectory:
     widths: Mapping[str, int]
     pixels: int
     adapter: str | None
+    reflections: int
 
     @classmethod
-    def open(cls, path: Path, *, provider: Provider, threads: int | None) -> "OpenDirectory":
-        """Open every graph, and load the first adapter into those that take one.
+    def open(
+        cls, path: Path, *, provider: Provider, threads: int | None, operator: Operator = "auto"
+    ) -> "OpenDirectory":
+        """Open every graph, and load the first adapter into those that take one; `operator` as of `GraphSession`.
 
         Raises:
             GraphError: no graph is there, or one that cannot be used.
-            DeviceError: the provider is missing, or another one would run some nodes.
+            FormatError: the library of operators cannot be used.
+            DeviceError: the provider or the library's kernels for it are missing, or another one would run some nodes.
         """
         files = [path] if path.is_file() else [file for stem in STEMS if (file := path / f"{stem}.onnx").is_file()]
         if not files:
             raise GraphError(f"`{path}`: expected {', '.join(f'{stem}.onnx' for stem in STEMS)}, found none of them")
-        sessions = {file.stem: GraphSession.open(file, provider=provider, threads=threads) for file in files}
+        sessions = {
+            file.stem: GraphSession.open(file, provider=provider, threads=threads, operator=operator) for file in files
+        }
+        reflections = sum(is_operator(node) for file in files for node in open_graph(file).graph)
         stored = sorted((path / "adapters").glob("*.onnx_adapter"))[:1]
         for session in sessions.values():
             for file in stored if session.contract is not None else ():
@@ -70,14 +92,26 @@ class OpenDirectory:
         pixels = config.get("sample_size", DEFAULT_PIXELS)
         adapter = stored[0].stem if stored else None
         manifest = _parsed(path / MANIFEST_NAME)
-        return cls(path, sessions, manifest, widths, pixels if isinstance(pixels, int) else DEFAULT_PIXELS, adapter)
+        pixels = pixels if isinstance(pixels, int) else DEFAULT_PIXELS
+        return cls(path, sessions, manifest, widths, pixels, adapter, reflections)
+
+    @property
+    def operator(self) -> Literal["native", "inlined"] | None:
+        """What runs the reflections: a library's kernels, or the operators' bodies; None where there are none."""
+        if not self.reflections:
+            return None
+        return "native" if any(session.native is not None for session in self.sessions.values()) else "inlined"
 
     @property
     def notes(self) -> Iterator[str]:
-        """What the manifest says of the graphs."""
-        mode, precision = self.manifest.get("mode"), self.manifest.get("precision")
-        if mode:
-            yield f"`{self.path}`: {mode}, {precision}"
+        """What the manifest says of the graphs, and what runs their reflections."""
+        said = [str(self.manifest[key]) for key in ("mode", "precision") if self.manifest.get(key)]
+        if self.operator is not None:
+            choice = next(iter(self.sessions.values())).operator
+            by = choice.reason if choice.library is None else f"`{choice.library.path}` {choice.library.version}"
+            said.append(f"reflections {self.operator}, {by}")
+        if said:
+            yield f"`{self.path}`: {', '.join(said)}"
 
     def loads(self, batch: int, tokens: int) -> list[Load]:
         """What can be run, with so many rows and tokens."""
@@ -88,12 +122,19 @@ class OpenDirectory:
         """What the load's graph is fed."""
         return feeds_of(self.sessions[load.graph].inputs, load, widths=self.widths)
 
-    def contenders(self, load: Load) -> Iterator[Contender]:
-        """The graph as it is; with an adapter swapped in, too, where it can be."""
-        session, feeds, name = self.sessions[load.graph], self.feeds(load), str(self.path)
-        yield Contender(name, session.bind(feeds).run)
+    def contenders(self, load: Load, *, told_apart: bool = False) -> Iterator[Contender]:
+        """The graph as it is; with an adapter swapped in, too, where it can be.
+
+        Args:
+            load: what it does.
+            told_apart: the names say what runs the reflections.
+        """
+        session, feeds, operator = self.sessions[load.graph], self.feeds(load), self.operator
+        suffix = f", {operator}" if told_apart and operator is not None else ""
+        yield Contender(f"{self.path}{suffix}", session.bind(feeds).run, operator)
         if session.contract is not None and self.adapter is not None:
-            yield Contender(f"{name} + {self.adapter}", session.bind(feeds, adapter=self.adapter).run)
+            run = session.bind(feeds, adapter=self.adapter).run
+            yield Contender(f"{self.path} + {self.adapter}{suffix}", run, operator)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from hra_export.errors import FormatError
+from hra_export.kernels.operator_library import REBUILD, VARIABLE, OperatorLibrary, find
+
 logger = logging.getLogger(__name__)
 
 DISTRIBUTION = "hra-export"
@@ -42,7 +45,7 @@ OPTIONAL = {
     "diffusers": "diffusion models",
 }
 # Named in the report when set; never a token.
-VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", VARIABLE)
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 MEMINFO = Path("/proc/meminfo")
 
@@ -94,6 +97,26 @@ class Devices:
 
 
 @dataclass(frozen=True)
+class NativeOperator:
+    """ONNX Runtime's kernels of our own operators.
+
+    Attributes:
+        library: that sessions use; None when there is none.
+        missing: why there is none.
+        fault: what is wrong with the one that is there; it stops sessions that ask for it.
+    """
+
+    library: OperatorLibrary | None
+    missing: str = ""
+    fault: str = ""
+
+    @property
+    def text(self) -> str:
+        """One line: the library, or how to get one."""
+        return str(self.library) if self.library is not None else f"none: {self.missing}"
+
+
+@dataclass(frozen=True)
 class Machine:
     """Cores that this process may use, memory and free disk, in bytes; None where the system does not say."""
 
@@ -111,6 +134,7 @@ class Environment:
     core: tuple[Package, ...]
     optional: tuple[Package, ...]
     devices: Devices
+    operator: NativeOperator
     machine: Machine
     variables: Mapping[str, str]
 
@@ -126,13 +150,13 @@ class Environment:
 
     def warnings(self) -> list[str]:
         """What the user should act on although nothing is missing."""
+        found = [self.operator.fault] if self.operator.fault else []
         builds = [name for name in ONNXRUNTIME_BUILDS if _version(name) is not None]
-        if len(builds) < 2:
-            return []
-        names = " ".join(builds)
-        return [
-            f"{' and '.join(builds)} overwrite each other's files: `pip uninstall {names}`, then install one of them"
-        ]
+        if len(builds) > 1:
+            names = " ".join(builds)
+            remedy = f"`pip uninstall {names}`, then install one of them"
+            found.append(f"{' and '.join(builds)} overwrite each other's files: {remedy}")
+        return found
 
     def to_json(self) -> dict[str, object]:
         """The same as plain values."""
@@ -142,6 +166,10 @@ class Environment:
             "core": [{**asdict(package), "status": package.status} for package in self.core],
             "optional": [{**asdict(package), "status": package.status} for package in self.optional],
             "devices": asdict(self.devices),
+            "operator": {
+                "library": None if self.operator.library is None else self.operator.library.to_json(),
+                "missing": self.operator.missing,
+            },
             "machine": asdict(self.machine),
             "environment": dict(self.variables),
         }
@@ -151,7 +179,7 @@ def read_environment(variables: Mapping[str, str], folders: Mapping[str, Path]) 
     """Look around.
 
     Args:
-        variables: the process's environment; only `VARIABLES` are kept.
+        variables: the process's environment; only `VARIABLES` are kept and looked at.
         folders: label → a path whose disk is asked for its free space; it need not exist yet.
     """
     requirements = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
@@ -159,6 +187,7 @@ def read_environment(variables: Mapping[str, str], folders: Mapping[str, Path]) 
         core=(_python(), _itself(), *(_core(each) for each in requirements if _is_core(each))),
         optional=tuple(_optional(name, purpose, requirements) for name, purpose in OPTIONAL.items()),
         devices=_devices(),
+        operator=_operator(variables),
         machine=_machine(folders),
         variables={name: variables[name] for name in VARIABLES if name in variables},
     )
@@ -221,6 +250,14 @@ def _devices() -> Devices:
     except (ImportError, OSError) as error:
         providers, providers_missing = (), f"onnxruntime cannot be imported: {error}"
     return Devices(cuda, cuda_missing, providers, providers_missing)
+
+
+def _operator(variables: Mapping[str, str]) -> NativeOperator:
+    try:
+        library = find(variables)
+    except FormatError as error:
+        return NativeOperator(None, error.message, str(error))
+    return NativeOperator(library, "" if library is not None else f"graphs run the operators' bodies; {REBUILD}")
 
 
 def _cuda() -> tuple[tuple[str, ...], str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hra_export import householder
 from hra_export.householder import BlockReflector
-from hra_export.reflection import differentiable_factors, reflect, without_autocast
+from hra_export.reflection import Factors, differentiable_factors, reflect, without_autocast
 
 
 class Chain(nn.Module):
@@ -90,6 +90,9 @@ class ReflectedLayer(nn.Module):
                 x = reflect(x, chain.hra_u.to(x.device))
                 continue
             block = chain.reflector(x.dtype, x.device)
+            if _is_one_launch(x) and not chain.is_trained():
+                x = reflect(x, block.u, Factors(block.u, block.t.mT))
+                continue
             coefficients = ((x @ block.u).to(block.t.dtype) @ block.t.T).to(x.dtype)  # (…, r)
             x = x - coefficients @ block.u.T
         return x
@@ -183,7 +186,15 @@ def chains_of(layer: ReflectedLayer | RotatedRegion) -> list[Chain]:
     return [chain for chain in layer.chains if isinstance(chain, Chain)]
 
 
+def _is_one_launch(x: Tensor) -> bool:
+    """Whether the operator is to be called for a chain that holds still.
+
+    Elsewhere it costs more than it saves, and where gradients flow through, it is differentiable once only.
+    """
+    return x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad)
+
+
 def _rounded(exact: BlockReflector, dtype: torch.dtype, device: torch.device) -> BlockReflector:
     """U cast to the activations' dtype; T from the cast U, so that R stays orthogonal."""
-    u = exact.u.to(device, dtype)
+    u = exact.u.to(device, dtype).mT.contiguous().mT  # Uᵀ in one piece, for thin products
     return BlockReflector(u, householder.solve_t(u.double()).to(torch.promote_types(dtype, torch.float32)))

@@ -113,6 +113,32 @@ class RoundingCost:
 
 
 @dataclass(frozen=True)
+class OperatorRun:
+    """What ran the reflections of one graph: a library's kernels, or the operators' bodies.
+
+    Attributes:
+        runtime: that ran the graph.
+        graph: name of its file.
+        nodes: operators that it holds.
+        library: path of the library, None for the bodies.
+        version: of the library.
+        reason: why it was the bodies; empty otherwise.
+    """
+
+    runtime: str
+    graph: str
+    nodes: int
+    library: str | None = None
+    version: str | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """As a sentence without its stop."""
+        how = f"inlined, {self.reason}" if self.library is None else f"native, `{self.library}` {self.version}"
+        return f"{self.runtime} ran the {self.nodes} reflection nodes of `{self.graph}` {how}"
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """The verdict: `ok` only when something was compared and there are no findings.
 
@@ -122,6 +148,7 @@ class ParityReport:
         provider: the execution provider that ran every node of a graph; None for weights.
         exact: the outputs again, of the graph with its activations not rounded; only where it rounds them.
         cost: what rounding the weights cost; None where the reference has no rounded weights.
+        operators: what ran the reflections of the graphs that hold any.
     """
 
     dtype: str
@@ -135,6 +162,7 @@ class ParityReport:
     provider: str | None = None
     exact: tuple[OutputParity, ...] = ()
     cost: RoundingCost | None = None
+    operators: tuple[OperatorRun, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -158,6 +186,7 @@ class ParityReport:
             "ok": self.ok,
             "dtype": self.dtype,
             "provider": self.provider,
+            "operators": [asdict(run) for run in self.operators],
             "tolerance": asdict(self.tolerance),
             "effect_error": self.effect_error,
             "findings": list(self.findings),

@@ -2,8 +2,13 @@
 
     reflect(x, vectors)                             what layers call; finds U and S, obeys autocast
     factor(vectors, dtype)                          U and S of one chain, or of a batch of chains in one solve
+    reflect_rows(x, index, factors)                 a chain of its own for each entry of a batch; for inference
     torch.ops.hra.reflect(x, vectors, u, s)         the operator: z, and M for the backward pass
     torch.ops.hra.reflect_backward(grad, …)         its gradient, an operator too, so that a device can bring a kernel
+    torch.ops.hra.reflect_rows(x, index, u, s)      z alone
+
+NVIDIA GPUs bring kernels (`hra_export.kernels`): one launch for all of `hra::reflect`. What they do not take, float64
+and ranks above 128 among it, runs as on any device, in the plain version.
 
 The operator is given U and S beside the vectors they come from, and sends the whole gradient to the vectors: the
 factors do not depend on x, so many layers find theirs in one batched solve, once for all micro-batches of a step.
@@ -24,6 +29,7 @@ Letters: d in_features, r rank, n rows of activations.
 Source: the derivative of the UT transform (Joffrain et al. 2006) through the normalization of the columns.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hra_export import householder
+from hra_export import householder, kernels
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,9 @@ def factor(vectors: Tensor, dtype: torch.dtype) -> Factors:
         dtype: of the activations.
 
     Returns:
-        The factors, on the vectors' device. On a CPU the solve runs in float64.
+        The factors, on the vectors' device. On a CPU the solve runs in float64; an NVIDIA GPU brings a kernel.
     """
-    wide = torch.promote_types(torch.promote_types(vectors.dtype, dtype), torch.float32)
-    with without_autocast(vectors):
-        u = _unit_columns(vectors.to(wide)).to(dtype).mT.contiguous().mT  # Uᵀ in one piece, for thin products
-        s = householder.solve_t(u.to(torch.float64 if u.device.type == "cpu" else wide)).mT
-    return Factors(u, s.to(torch.promote_types(dtype, torch.float32), memory_format=torch.contiguous_format))
+    return Factors(*torch.ops.hra.factor(vectors, dtype))
 
 
 def reflect(x: Tensor, vectors: Tensor, factors: Factors | None = None) -> Tensor:
@@ -79,6 +81,33 @@ def reflect(x: Tensor, vectors: Tensor, factors: Factors | None = None) -> Tenso
     if factors is None:
         factors = factor(vectors, activation_dtype(x))
     return torch.ops.hra.reflect(x.to(factors.u.dtype), vectors, factors.u, factors.s)[0]
+
+
+def reflect_rows(x: Tensor, index: Tensor, factors: Factors) -> Tensor:
+    """Rotate each entry of a batch by a chain of its own: z[i] = x[i] R_jᵀ with j = index[i]. Not differentiable.
+
+    Args:
+        x: (b, …, d). Under autocast it is cast to autocast's dtype first.
+        index: (b,), int64, on the device of x. An entry that is not in 0 … a − 1 makes its rows NaN, on every device:
+            on a GPU an exception would cost a wait for it.
+        factors: of the a chains, u (a, d, r) and s (a, r, r): `factor(torch.stack(vectors), activation_dtype(x))`.
+            With zeros for S a chain is the identity, for entries without an adapter.
+
+    Returns:
+        (b, …, d), in `activation_dtype(x)`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    u, s = factors.u, factors.s
+    if u.ndim != 3 or s.shape != (u.shape[0], u.shape[2], u.shape[2]):
+        raise ValueError(f"factors: expected u (a, d, r) and s (a, r, r), got {tuple(u.shape)} and {tuple(s.shape)}")
+    if x.ndim < 2 or x.shape[-1] != u.shape[1]:
+        raise ValueError(f"x: expected (b, …, {u.shape[1]}), got {tuple(x.shape)}")
+    if index.dtype != torch.int64 or index.shape != x.shape[:1]:
+        raise ValueError(f"index: expected int64 ({len(x)},), got {index.dtype} {tuple(index.shape)}")
+    z: Tensor = torch.ops.hra.reflect_rows(x.to(u.dtype), index, u, s)
+    return z
 
 
 def activation_dtype(x: Tensor) -> torch.dtype:
@@ -130,13 +159,75 @@ def _unit_columns(vectors: Tensor) -> Tensor:
     return scaled / torch.linalg.vector_norm(scaled, dim=-2, keepdim=True)
 
 
+@torch.library.custom_op("hra::factor", mutates_args=())
+def _factor(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """u (…, d, r) and s (…, r, r) of vectors (…, d, r). Not differentiable: see `differentiable_factors`."""
+    return _plain_factor(vectors, dtype)
+
+
+@_factor.register_kernel("cuda")
+def _(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if dtype in kernels.DTYPES and kernels.take(vectors, vectors.shape[-1]):
+        from hra_export.kernels import factors  # imports triton
+
+        return factors.factor(vectors, dtype)
+    return _plain_factor(vectors, dtype)
+
+
+def _plain_factor(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(torch.promote_types(vectors.dtype, dtype), torch.float32)
+    with without_autocast(vectors):
+        u = _unit_columns(vectors.to(wide)).to(dtype).mT.contiguous().mT  # Uᵀ in one piece, for thin products
+        s = householder.solve_t(u.to(torch.float64 if u.device.type == "cpu" else wide)).mT
+    return u, s.to(torch.promote_types(dtype, torch.float32), memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("hra::reflect", mutates_args=())
 def _reflect(x: Tensor, vectors: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """z (…, d), and M = Sᵀ Uᵀ xᵀ (r, n) for the backward pass."""
+    return _plain_reflect(x, u, s)
+
+
+@_reflect.register_kernel("cuda")
+def _(x: Tensor, vectors: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    if kernels.take(x, u.shape[-1]):
+        from hra_export.kernels import forward  # imports triton
+
+        return forward.reflect(x, u, s)
+    return _plain_reflect(x, u, s)
+
+
+def _plain_reflect(x: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])  # (n, d)
     with without_autocast(x):
         m = _coefficients(rows, u, s)
         return torch.addmm(rows, m.T, u.T, alpha=-1).view(x.shape), m
+
+
+@torch.library.custom_op("hra::reflect_rows", mutates_args=())
+def _reflect_rows(x: Tensor, index: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    """z (b, …, d) of x (b, …, d), index (b,), u (a, d, r), s (a, r, r)."""
+    return _plain_reflect_rows(x, index, u, s)
+
+
+@_reflect_rows.register_kernel("cuda")
+def _(x: Tensor, index: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    if kernels.take(x, u.shape[-1]):
+        from hra_export.kernels import forward  # imports triton
+
+        return forward.reflect_rows(x, index, u, s)[0]
+    return _plain_reflect_rows(x, index, u, s)
+
+
+def _plain_reflect_rows(x: Tensor, index: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    rows = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])  # (b, t, d)
+    is_known = (index >= 0) & (index < len(u))
+    chosen = torch.where(is_known, index, 0)
+    units = u[chosen]  # (b, d, r)
+    with without_autocast(x):
+        coefficients = ((rows @ units).to(s.dtype) @ s[chosen]).to(x.dtype)  # (b, t, r)
+        z = torch.baddbmm(rows, coefficients, units.mT, alpha=-1)
+    return torch.where(is_known[:, None, None], z, torch.nan).view(x.shape)
 
 
 @torch.library.custom_op("hra::reflect_backward", mutates_args=())
@@ -144,6 +235,23 @@ def _reflect_backward(
     grad: Tensor, x: Tensor, vectors: Tensor, u: Tensor, s: Tensor, m: Tensor, for_x: bool, for_vectors: bool
 ) -> tuple[Tensor, Tensor]:
     """∂x (…, d) and ∂U (d, r); the one that is not wanted is empty."""
+    return _plain_reflect_backward(grad, x, vectors, u, s, m, for_x, for_vectors)
+
+
+@_reflect_backward.register_kernel("cuda")
+def _(
+    grad: Tensor, x: Tensor, vectors: Tensor, u: Tensor, s: Tensor, m: Tensor, for_x: bool, for_vectors: bool
+) -> tuple[Tensor, Tensor]:
+    if kernels.take(x, u.shape[-1]) and vectors.dtype in kernels.DTYPES:
+        from hra_export.kernels import gradient  # imports triton
+
+        return gradient.reflect_backward(grad, x, vectors, u, s, m, for_x, for_vectors)
+    return _plain_reflect_backward(grad, x, vectors, u, s, m, for_x, for_vectors)
+
+
+def _plain_reflect_backward(
+    grad: Tensor, x: Tensor, vectors: Tensor, u: Tensor, s: Tensor, m: Tensor, for_x: bool, for_vectors: bool
+) -> tuple[Tensor, Tensor]:
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])  # (n, d)
     with without_autocast(x):
         k = _coefficients(grads, u, s.T)  # (r, n)
@@ -181,9 +289,21 @@ def _through_normalization_(grad_units: Tensor, units: Tensor, vectors: Tensor) 
     return grad_units.addcmul_(units, radial, value=-1)
 
 
+@_factor.register_fake
+def _(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    *leading, d, r = vectors.shape
+    u = vectors.new_empty(*leading, r, d, dtype=dtype).mT
+    return u, vectors.new_empty(*leading, r, r, dtype=torch.promote_types(dtype, torch.float32))
+
+
 @_reflect.register_fake
 def _(x: Tensor, vectors: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(u.shape[-1], x.numel() // x.shape[-1])
+
+
+@_reflect_rows.register_fake
+def _(x: Tensor, index: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @_reflect_backward.register_fake
@@ -205,3 +325,13 @@ def _backward(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor | None, Tensor 
 
 
 _reflect.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@_reflect.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, vectors: Tensor, u: Tensor, s: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+        raise NotImplementedError("vmap over chains: `hra::reflect_rows` takes a chain for each entry")
+    z, m = torch.ops.hra.reflect(x.movedim(in_dims[0], 0), vectors, u, s)
+    return (z, m.unflatten(1, (info.batch_size, -1))), (0, 1)

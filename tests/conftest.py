@@ -16,6 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before any test imports torch: several workers with a thread for each core slow each other down.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+if not Path("/dev/nvidiactl").exists():
+    # Before any test imports kernels: without an NVIDIA GPU they run in Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A deadline measures the machine, not the code.
 hypothesis.settings.register_profile("hra-export", deadline=None)
 hypothesis.settings.load_profile("hra-export")
@@ -40,3 +44,11 @@ def fast_folder(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def native_library() -> Path:
+    """The file of the operator library, with CPU kernels alone."""
+    from tests.native_operator import built_library  # it imports torch, and that only after the settings above
+
+    return built_library()

@@ -11,6 +11,7 @@ from hra_export.export import export_graphs, plan_export
 from hra_export.graph.document import open_graph, save_graph
 from hra_export.graph.operator import is_reflection
 from hra_export.graph.options import GraphOptions
+from hra_export.graph.regrouping import ungroup_
 from hra_export.parity import ParityReport
 from hra_export.validation.graphs import validate_graph
 from tests.graph_scene import BUILDERS, random_adapter
@@ -48,6 +49,8 @@ def judge(folder: Path, candidate: Path, **options: Any) -> ParityReport:
 
 
 def reflections(model: ir.Model) -> list[ir.Node]:
+    """Nodes of one reflection each; those of several are taken apart."""
+    ungroup_(model)
     return [node for node in model.graph if is_reflection(node)]
 
 

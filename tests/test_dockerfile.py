@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -108,6 +109,20 @@ def test_pip_installs_the_tested_set() -> None:
     assert installs
     assert all("--constraint constraints.txt" in command for command in installs)
     assert all("--no-cache-dir" in command for command in installs)
+
+
+def test_build_compiles_the_operator_library_with_the_extras_tools() -> None:
+    """After the package is installed, into it; the tools are those of the extra `native`, outside of what is copied."""
+    steps = of("RUN", DOCKERFILE)
+    (compile_step,) = [step for step in steps if "hra-export build-op" in step]
+    (tools,) = [step for step in steps if "--target /opt/tools" in step]
+    installed = next(step for step in steps if "hra_export-*.whl" in step)
+    assert steps.index(installed) < steps.index(tools) < steps.index(compile_step)
+    assert "/opt/venv" in installed
+    assert "--output" not in compile_step
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {re.split(r"[^\w-]", line)[0] for line in extras["native"]}
+    assert set(tools.split("/opt/tools")[1].split()) == names - {"triton"}
 
 
 def test_file_fetches_nothing_unpinned_and_holds_no_secret() -> None:

@@ -16,6 +16,8 @@ from click.testing import CliRunner, Result
 from hra_export import environment
 from hra_export.cli.doctor import INCOMPLETE, command
 from hra_export.environment import Environment, Package, read_environment
+from hra_export.kernels import operator_library
+from hra_export.kernels.operator_library import VARIABLE
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
@@ -151,6 +153,30 @@ def test_doctor_survives_a_package_that_cannot_be_imported(
 
 def test_doctor_lists_execution_providers(tmp_path: Path) -> None:
     assert "CPUExecutionProvider" in look(tmp_path).devices.providers
+
+
+def test_doctor_shows_the_native_operator(monkeypatch: pytest.MonkeyPatch, native_library: Path) -> None:
+    monkeypatch.setenv(VARIABLE, str(native_library))
+    library = json.loads(invoke("--json").stdout)["operator"]["library"]
+    assert (library["path"], library["providers"]) == (str(native_library), ["cpu"])
+    line = f"operator      {library['path']}, version {library['version']}, cpu, {library['instructions']}"
+    assert line in invoke().stdout
+
+
+def test_doctor_says_how_to_get_the_native_operator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(operator_library, "DEFAULT_FOLDER", tmp_path)
+    found = look(tmp_path)
+    assert found.operator.text == "none: graphs run the operators' bodies; `hra-export build-op` builds it"
+    assert found.warnings() == []
+    assert found.is_complete
+
+
+def test_doctor_warns_of_a_native_operator_that_cannot_be_used(tmp_path: Path) -> None:
+    found = read_environment({VARIABLE: str(tmp_path / "none.so")}, {})
+    (warning,) = found.warnings()
+    assert f"{VARIABLE}=`{tmp_path / 'none.so'}`: no such operator library" in warning
+    assert found.operator.library is None
+    assert found.variables == {VARIABLE: str(tmp_path / "none.so")}
 
 
 def test_doctor_measures_the_machine(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hra_export.attachment import Attachment, attach
 from hra_export.errors import MismatchError, NumericalError, UnsupportedModelError
 from hra_export.householder import BlockReflector, compact_wy, dense, orthogonality_error
 from hra_export.layer import Chain, ReflectedConv2d, ReflectedLayer
+from hra_export.reflection import Factors, reflect
 from tests.tiny_models import MODELS, build, scores
 
 # Float64 on both sides: a few hundred terms a sum.
@@ -594,6 +595,32 @@ def test_layers_used_in_inference_mode_can_be_trained_behind_afterwards() -> Non
     net(live).sum().backward()
     assert live.grad is not None
     close(live.grad, (torch.ones(5, 6, dtype=torch.float64) @ (net.layer.weight @ rotation(vectors(10)))), ATOL64)
+
+
+def test_frozen_chain_is_differentiable_again() -> None:
+    """For a penalty on gradients, or a product with a Hessian, through the adapted model."""
+    frozen = Chain(vectors(10), orthogonalize=False).requires_grad_(False)
+    layer = ReflectedLayer(nn.Linear(10, 6).double(), [frozen])
+    assert torch.autograd.gradgradcheck(lambda x: layer.rotate(x).pow(3).sum(), gaussian(2, 10).requires_grad_())
+
+
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_one_launch_is_the_same_rotation(orthogonalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU takes; here the operator's plain version stands in for the kernel."""
+    seeds, x = range(2), gaussian(5, 10)
+    chains = [Chain(vectors(10, seed=seed), orthogonalize=orthogonalize) for seed in seeds]
+    layer, calls = ReflectedLayer(nn.Linear(10, 6).double(), chains), []
+
+    def counted(x: Tensor, vectors: Tensor, factors: Factors) -> Tensor:
+        calls.append(factors)
+        return reflect(x, vectors, factors)
+
+    monkeypatch.setattr("hra_export.layer._is_one_launch", lambda x: True)
+    monkeypatch.setattr("hra_export.layer.reflect", counted)
+    expected = x @ rotation(*(vectors(10, seed=seed) for seed in seeds), orthogonalize=orthogonalize).T
+    with torch.no_grad():
+        close(layer.rotate(x), expected, ATOL64)
+    assert len(calls) == 2
 
 
 def test_the_adapter_is_not_changed_by_training_what_is_attached() -> None:

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
+from benchmarks import ceilings, graph_variants, onnx_gpu
 from benchmarks import onnx as onnx_benchmark
-from benchmarks import onnx_gpu
-from benchmarks.graph_variants import VARIANTS, Case, make_variants, time_variants
+from benchmarks.graph_variants import NATIVE, VARIANTS, Case, make_variants, time_variants
+from benchmarks.roofline import Machine
 from hra_export.graph.operator import is_reflection
+from hra_export.kernels.operator_library import open_library
 from hra_export.workload import Load
 
 
@@ -46,10 +50,12 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "model.onnx"
 
 
-def time_apart(folder: Path, names: Sequence[str], case: Case) -> dict[str, dict[str, list[float]]]:
+def time_apart(
+    folder: Path, names: Sequence[str], case: Case, library: Path | None = None
+) -> dict[str, dict[str, list[float]]]:
     """In a process of its own: the pool of threads that all its sessions share would be the test run's as well."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-        return apart.submit(time_variants, folder, names, [case], rounds=1, threads=1).result()
+        return apart.submit(time_variants, folder, names, [case], rounds=1, threads=1, library=library).result()
 
 
 def test_variants_are_what_they_are_called_and_agree(base: Path, tmp_path: Path) -> None:
@@ -63,6 +69,23 @@ def test_variants_are_what_they_are_called_and_agree(base: Path, tmp_path: Path)
     case = Case("toy", Load("length 5", "model", 2, 5))
     taken = time_apart(tmp_path / "r4", VARIANTS, case)
     assert taken[case.name].keys() == set(VARIANTS)
+
+
+def test_native_variants_agree(base: Path, native_library: Path, tmp_path: Path) -> None:
+    names, case = ["merged", *NATIVE], Case("toy", Load("length 5", "model", 2, 5))
+    make_variants(base, {"gate": 96, "up": 96, "down": 48}, 4, tmp_path / "r4", names)
+    kinds = [node.op_type for node in ir.load(tmp_path / "r4" / "native-grouped" / "model.onnx").graph]
+    assert kinds.count("HouseholderReflectionGroup2") == kinds.count("HouseholderReflection") == 1
+    assert time_apart(tmp_path / "r4", names, case, native_library)[case.name].keys() == set(names)
+
+
+def test_only_native_variants_are_given_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Path | None] = {}
+    monkeypatch.setattr(graph_variants, "_session", lambda path, library: given.update({path.parent.name: library}))
+    monkeypatch.setattr(onnxruntime, "set_global_thread_pool_sizes", lambda *sizes: None)
+    time_variants(Path("r4"), VARIANTS, [], rounds=1, threads=1, library=Path("library.so"))
+    assert {name for name, library in given.items() if library is not None} == set(NATIVE)
+    assert given.keys() == set(VARIANTS)
 
 
 def test_variant_that_computes_something_else_is_not_timed(base: Path, tmp_path: Path) -> None:
@@ -79,14 +102,63 @@ def test_variant_that_computes_something_else_is_not_timed(base: Path, tmp_path:
 
 def test_rows_hold_the_plain_form_of_rank_8_to_its_bar() -> None:
     passes = [{"smollm2 decode at 128, batch 1": {"merged": [1.0], "auto": [ratio]}} for ratio in (1.05, 1.25)]
-    rows = onnx_benchmark._rows(passes, 8, ["merged", "auto"])
-    assert rows[1][4:] == ["1.150", "1.050", "1.250", "≤ 1.10: FAILS"]
-    assert onnx_benchmark._rows(passes, 32, ["merged", "auto"])[1][-1] == ""
+    floors = {"smollm2 decode at 128, batch 1": 0.02}
+    rows = onnx_benchmark._rows(passes, 8, ["merged", "auto"], floors)
+    assert rows[1][4:] == ["1.150", "1.050", "1.250", "", "≤ 1.10: FAILS"]
+    assert onnx_benchmark._rows(passes, 32, ["merged", "auto"], floors)[1][-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("case", "rank", "verdict"),
+    [
+        ("smollm2 decode at 128, batch 1", 8, "≤ 1.05: FAILS"),
+        ("smollm2 decode at 128, batch 1", 32, "≤ 1.10: holds"),
+        ("smollm2 prefill 128, batch 1", 8, "≤ 1.06: holds"),
+        ("minilm length 128, batch 8", 32, ""),
+    ],
+)
+def test_rows_hold_grouped_native_kernels_to_their_bars(case: str, rank: int, verdict: str) -> None:
+    passes = [{case: {"merged": [1.0], "native": [1.06], "native-grouped": [1.06]}}]
+    rows = onnx_benchmark._rows(passes, rank, ["merged", *NATIVE], {case: 0.02})
+    assert [row[-2:] for row in rows] == [["", ""], ["1.020", ""], ["1.020", verdict]]
+
+
+def test_floor_of_decoding_is_the_bytes_of_u_and_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sites of 576 and 1536 columns at r = 8, in float32."""
+    machine = Machine("toy", 1e6, {"float32": 1e12})
+    monkeypatch.setattr(ceilings, "measured", lambda device: machine)
+    floors = onnx_benchmark._floors("smollm2", {"q": 576, "down": 1536}, 8, torch.get_num_threads())
+    assert floors["smollm2 decode at 128, batch 1"] == pytest.approx(4 * 2 * 8 * (576 + 1536) / 1e6)
 
 
 @pytest.mark.parametrize("precision", onnx_gpu.PRECISIONS)
 def test_gpu_variants_agree(precision: str) -> None:
     assert not onnx_gpu.run_case(onnx_gpu.Case("toy", precision), onnx_gpu.TOY, 1, torch.device("cpu"), rounds=0)
+
+
+def test_gpu_variants_agree_with_native_kernels(native_library: Path) -> None:
+    library = open_library(native_library)
+    case, device = onnx_gpu.Case("toy", "int4"), torch.device("cpu")
+    assert not onnx_gpu.run_case(case, onnx_gpu.TOY, 1, device, rounds=0, library=library)
+
+
+def test_lora_beside_quantized_weights_is_made_of_their_values() -> None:
+    """Against the runtime's own reading of the codes: a product with the identity."""
+    codes = np.random.default_rng(0).integers(0, 256, (8, 2, 16), np.uint8)
+    sizes: dict[str, Any] = {"K": 64, "N": 8, "bits": 4, "block_size": 32}
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [64, width])
+        for name, width in (("x", 64), ("y", 8))
+    )
+    node = onnx.helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **sizes)
+    constants = {"codes": codes, "scales": np.full((8, 2), 0.25, np.float32)}
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = onnx.helper.make_graph([node], "product", [x], [y], initializers)
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (weights,) = session.run(None, {"x": np.eye(64, dtype=np.float32)})
+    np.testing.assert_allclose(weights.T, onnx_gpu._dequantized(codes, 0.25), rtol=1e-6)
 
 
 def test_gpu_check_names_what_departs() -> None:

@@ -1,5 +1,6 @@
 """`hra-export onnx` as a user runs it: what lies in the directory, what the runtime makes of it, how it ends."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from hra_export.graph import operator, tracing
 from hra_export.graph.document import open_graph, save_graph
 from hra_export.graph.exporting import export_graph
 from hra_export.graph.families import graph_specs
-from hra_export.graph.operator import is_reflection
+from hra_export.graph.grouped_operator import members
 from hra_export.graph.provenance import declare_versions_
+from hra_export.kernels.operator_library import VARIABLE
 from tests.command_line import Outcome, run
 from tests.tiny_models import VOCABULARY, build
 
@@ -133,8 +135,9 @@ def test_reflect_computes_what_pytorch_computes(reflect: tuple[Scene, Outcome]) 
 def test_reflect_keeps_the_base_s_weights_and_names_every_target(reflect: tuple[Scene, Outcome]) -> None:
     scene, _ = reflect
     model = open_graph(scene.folder / "out" / "model.onnx")
-    nodes = [node for node in model.graph if is_reflection(node)]
-    assert sorted(str(node.name) for node in nodes) == sorted(f"{path}/hra" for path in linears(scene.model()))
+    joint = [[each.target for each in members(node)] for node in model.graph if members(node)]
+    assert sorted(itertools.chain(*joint)) == sorted(linears(scene.model()))
+    assert sum(len(targets) == 3 for targets in joint) == scene.model().config.num_hidden_layers  # query, key, value
     # Products hold Wᵀ, biases and embeddings their own shape.
     stored = {value.const_value.numpy().tobytes() for value in model.graph.initializers.values() if value.const_value}
     weights = [parameter.detach() for _, parameter in scene.model().named_parameters() if parameter.ndim == 2]
@@ -275,6 +278,18 @@ def test_dry_run_tells_the_plan_and_writes_nothing(bert: Scene) -> None:
     outcome = run("onnx", bert.adapter("first"), "--base", bert.base, "-o", out, "--mode", "reflect", "--dry-run")
     assert outcome.code == 0
     assert f"an operator before each of {len(linears(bert.model()))} targets" in outcome.stdout
+    assert not out.exists()
+
+
+def test_an_operator_library_that_cannot_be_used_is_told_before_the_export(
+    bert: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison at the end would meet it, when the output is there already."""
+    monkeypatch.setenv(VARIABLE, str(bert.folder / "none.so"))
+    out = bert.folder / "unused"
+    outcome = run("onnx", bert.adapter("first"), "--base", bert.base, "-o", out)
+    assert outcome.code == 4
+    assert "no such operator library" in outcome.stderr
     assert not out.exists()
 
 

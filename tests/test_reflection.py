@@ -225,3 +225,10 @@ def test_angle_of_a_pair_is_turned_twice() -> None:
     z = reflect(x, u)
     assert math.acos(float(z[0])) == pytest.approx(0.6)
     assert abs(float(z[1])) == pytest.approx(math.sin(0.6))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_reflect_maps_over_a_dimension_of_x(dim: int) -> None:
+    x, u = gaussian(5, 3, FEATURES, seed=1), chain(4)
+    mapped = torch.vmap(lambda x: reflect(x, u, factor(u, torch.float64)), in_dims=dim, out_dims=dim)(x)
+    torch.testing.assert_close(mapped, reflect(x, u), rtol=0, atol=ATOL64)

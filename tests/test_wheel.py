@@ -40,6 +40,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("hra_export", "converters"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # What `hra-export build-op` leaves beside the package must stay behind.
+    (source / "hra_export" / "kernels" / "build").mkdir(exist_ok=True)
+    (source / "hra_export" / "kernels" / "build" / "libhra_export_ort_op.so").touch()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
@@ -74,6 +77,16 @@ def test_wheel_holds_every_file_of_the_library(wheel: Path) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "hra_export").rglob("*.py")}
     sources |= {f"hra_export/converters/{path.name}" for path in (ROOT / "converters").glob("*.py")}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")} == sources
+
+
+def test_wheel_holds_the_sources_of_the_operator_library_and_no_library(wheel: Path) -> None:
+    """`hra-export build-op` compiles them where the wheel is installed."""
+    prefix = "hra_export/kernels/ort/"
+    packed = {name.removeprefix(prefix) for name in zipfile.ZipFile(wheel).namelist() if name.startswith(prefix)}
+    assert packed == {path.name for path in (ROOT / prefix).iterdir()}
+    assert {"CMakeLists.txt", "operators.cc", "task.h"} <= packed
+    endings = {Path(name).suffix for name in zipfile.ZipFile(wheel).namelist()}
+    assert not endings & {".so", ".dylib", ".dll"}
 
 
 def test_wheel_says_what_pyproject_says(wheel: Path) -> None:

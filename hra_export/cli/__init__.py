@@ -28,6 +28,7 @@ VERBS = {
     "validate": ("hra_export.cli.validate", "Prove that an output computes what PyTorch computes."),
     "bench": ("hra_export.cli.bench", "Measure how fast graphs run, beside PyTorch."),
     "inspect": ("hra_export.cli.inspect", "Show what an adapter does: targets, ranks, angles."),
+    "build-op": ("hra_export.cli.build_op", "Build native kernels for ONNX Runtime, which graphs then use."),
     "doctor": ("hra_export.cli.doctor", "Show versions and devices, and what is missing."),
 }
 

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 @options.base
 @click.option("--adapter", "adapters", metavar="ADAPTER", multiple=True, help="Also measure PyTorch with it.")
 @options.provider
+@click.option(
+    "--operator",
+    "operators",
+    metavar="auto|none|FILE",
+    type=options.OperatorWord(),
+    multiple=True,
+    default=["auto"],
+    show_default=True,
+    help="Library with kernels for the reflections; given again, each is measured: none and auto show the gain.",
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Rows of a run.")
 @click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of a row.")
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Turns of each contender.")
@@ -28,6 +38,7 @@ def command(
     base: str | None,
     adapters: tuple[str, ...],
     provider: str,
+    operators: "tuple[Path | str, ...]",
     batch: int,
     tokens: int,
     rounds: int,
@@ -40,7 +51,7 @@ def command(
     DIRs are outputs of `hra-export onnx` from one base. A swappable graph is measured with its default and with its
     first adapter. With a cache, prefill and decoding are measured apart.
 
-    Example: hra-export bench merged reflect --base models/base --adapter runs/adapter
+    Example: hra-export bench merged reflect --operator none --operator auto
     """
     from hra_export.bench import BenchPlan, bench
     from hra_export.bench import plot as draw
@@ -61,6 +72,7 @@ def command(
         tokens=tokens,
         rounds=rounds,
         threads=threads,
+        operators=[None if each == "none" else each for each in dict.fromkeys(operators)],  # type: ignore[misc]  # a word is `auto` by now
     )
     report = bench(plan, say=console.say)
     if plot is not None:

@@ -76,4 +76,5 @@ def _machine_rows(environment: "Environment") -> list[list[str]]:
     rows += [["free disk", f"{size_text(free)}, {place}"] for place, free in machine.free_bytes.items()]
     rows += [["CUDA", line] for line in devices.cuda] or [["CUDA", f"none: {devices.cuda_missing}"]]
     rows.append(["ONNX Runtime", ", ".join(devices.providers) or f"none: {devices.providers_missing}"])
+    rows.append(["operator", environment.operator.text])
     return rows + [["environment", f"{name}={value}"] for name, value in environment.variables.items()]

@@ -93,6 +93,7 @@ def command(
     """
     from hra_export.cli.sources import resolve_adapter
     from hra_export.export import export_graphs
+    from hra_export.graph.native import choose_operator
 
     started = time.perf_counter()
     hide_loading_bars()
@@ -103,6 +104,8 @@ def command(
         return 0
     for note in plan.notes:
         console.say(f"note: {note}")
+    if validate:
+        choose_operator("auto", wishes["provider"])  # one that cannot be used is told before the export, not after
     with console.stages() as begin:
         report = export_graphs(plan, output, overwrite=overwrite, say=begin)
     for note in report.notes[len(plan.notes) :]:

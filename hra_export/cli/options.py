@@ -30,6 +30,19 @@ class DeviceWord(click.ParamType[str]):
         return word
 
 
+class OperatorWord(click.ParamType[Path | str]):
+    """`auto`, `none`, another word that a verb knows, or a library's file, which is looked at later."""
+
+    name = "operator"
+
+    def __init__(self, *words: str) -> None:
+        self.words = ("auto", "none", *words)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """A path where it is none of the words."""
+        return str(value) if value in self.words else Path(str(value))
+
+
 def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"expected a finite number, got {value}", ctx, param)
@@ -79,6 +92,16 @@ provider = click.option(
     default="cpu",
     show_default=True,
     help="Where the graph runs.",
+)
+
+
+operator = click.option(
+    "--operator",
+    metavar="auto|none|FILE",
+    type=OperatorWord(),
+    default="auto",
+    show_default=True,
+    help="Library with kernels for the reflections; auto takes the one that is found.",
 )
 
 

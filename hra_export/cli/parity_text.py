@@ -14,7 +14,14 @@ PROMPT_WIDTH = 40
 
 def report_text(report: "ParityReport") -> str:
     """Tables, remarks and the verdict in the last line."""
-    parts = [*_tables(report), *report.notes, *_rounding(report), *_decodings(report), *_perplexity(report)]
+    parts = [
+        *_tables(report),
+        *report.notes,
+        *map(str, report.operators),
+        *_rounding(report),
+        *_decodings(report),
+        *_perplexity(report),
+    ]
     first = report.first_departure
     if first is not None:
         parts.append(f"the first layer that departs is {first.name}: off by {first.relative:.1e} of its output")

@@ -30,6 +30,7 @@ OF_GRAPHS = ("per_layer", "text", "prompts")
     help="What to judge: a merged directory, a directory of ONNX graphs, or an .onnx file.",
 )
 @options.provider
+@options.operator
 @click.option("--per-layer", is_flag=True, help="Graphs: also compare each layer, and name the first that departs.")
 @click.option("--text", type=click.Path(path_type=Path), help="Graphs: also score this text file (perplexity).")
 @click.option(
@@ -52,6 +53,7 @@ def command(
     base: str | None,
     candidate: Path,
     provider: str,
+    operator: "Path | str",
     html: Path | None,
     console: Console,
     **asked: Any,
@@ -59,7 +61,8 @@ def command(
     """Prove that CANDIDATE computes what PyTorch computes with live HRA layers.
 
     The adapter's effect comes first: 0 % off is perfect, 100 % off is the base. Ends with exit code 3 when the numbers
-    differ by more than the precision explains, and with 7 when the provider did not run all of a graph.
+    differ by more than the precision explains, and with 7 when the provider did not run all of a graph. It says
+    whether a library's kernels ran the reflections (`hra-export build-op`), or their bodies.
 
     Example: hra-export validate runs/adapter --base models/base --candidate merged
     """
@@ -69,7 +72,7 @@ def command(
     hide_loading_bars()
     read = [resolve_adapter(name) for name in adapters]
     directory = resolve_base(base, read, console, dequantize=is_graph_candidate(candidate))
-    report = _validate(read, directory, candidate, provider, asked, console)
+    report = _validate(read, directory, candidate, provider, {**asked, "operator": operator}, console)
     if html is not None:
         from hra_export.validation.page import write_page
 
@@ -94,10 +97,13 @@ def _validate(
         from hra_export.validation.graphs import TIMEOUT, validate_graph
 
         chosen = {"per_layer": asked["per_layer"], "text": asked["text"], "prompts": list(asked["prompts"]) or None}
+        chosen["operator"] = None if asked["operator"] == "none" else asked["operator"]
         timeout = asked["timeout"] or TIMEOUT
         with console.stages() as begin:
             return validate_graph(adapters, base, candidate, provider=provider, timeout=timeout, say=begin, **chosen)
-    _refuse(asked | ({"provider": provider} if provider != "cpu" else {}), (*OF_GRAPHS, "provider"), "for graphs")
+    runs = {"provider": None if provider == "cpu" else provider}
+    runs["operator"] = None if asked["operator"] == "auto" else asked["operator"]
+    _refuse(asked | runs, (*OF_GRAPHS, *runs), "for graphs")
     from hra_export.validation.merged import validate_merged
 
     chosen = {name: asked[name] for name in OF_WEIGHTS}

@@ -2,6 +2,10 @@
 
 Under IO binding the runtime ignores its own active adapters and gives the default's numbers without a word. Here U and
 V are bound like any other input.
+
+The runtime reads a bound input where it lies when that is the provider's device, and else copies it once, when it is
+bound. Outputs are made by the first run and stay where they are. So every address is fixed, which is what a recorded
+CUDA graph needs; each binding records its own, with its own adapter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +19,9 @@ Value = Any  # an OrtValue
 class BoundRun:
     """Inputs, outputs and an adapter that are bound once and run many times.
 
-    Made by `GraphSession.bind`. Inputs may be overwritten in place between runs; a torch tensor on a GPU must be ready
-    by then (`torch.cuda.current_stream().synchronize()`). Not for several threads: make one each.
+    Made by `GraphSession.bind`. Inputs on the provider's device may be overwritten in place between runs; a torch
+    tensor on a GPU must be ready by then (`torch.cuda.current_stream().synchronize()`). What a GPU's run is fed from
+    the CPU was copied when it was bound: feed it again. Not for several threads: make one each.
 
     Args:
         make: a fresh `onnxruntime.IOBinding` and what runs it.
@@ -43,6 +48,7 @@ class BoundRun:
         self._adapter = adapter
         self._given: dict[str, Value] = {}
         self._binding: Any = None
+        self._made: dict[str, Value] | None = None
         self._execute: Callable[[], None]
 
     def feed(self, feeds: Mapping[str, Any]) -> "BoundRun":
@@ -86,7 +92,9 @@ class BoundRun:
         if self._binding is None:
             self._bind()
         self._execute()
-        return dict(zip((spec.name for spec in self._results), self._binding.get_outputs(), strict=True))
+        if self._made is None:  # later runs write to the same memory
+            self._made = dict(zip((spec.name for spec in self._results), self._binding.get_outputs(), strict=True))
+        return dict(self._made)
 
     def _bind(self) -> None:
         values = {**self._feeds, **self._adapter}
@@ -101,4 +109,5 @@ class BoundRun:
                 binding.bind_ortvalue_output(spec.name, self._given[spec.name])
             else:
                 binding.bind_output(spec.name, *self._device)
-        self._binding = binding
+        binding.synchronize_inputs()
+        self._binding, self._made = binding, None

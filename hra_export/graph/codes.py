@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from hra_export.errors import GraphError
+from hra_export.graph.grouped_operator import is_operator
 from hra_export.graph.half import HALVES
-from hra_export.graph.operator import is_reflection
 from hra_export.graph.products import Array
 from hra_export.graph.signature import FLOATS, INTEGER_PRODUCTS
 from hra_export.graph.variants import LAST_FACTORS, path_of
@@ -111,7 +111,7 @@ def holds_reflections(model: ir.Model) -> bool:
     """Whether the adapter stands beside the weights and not in them."""
     if any(name.endswith(LAST_FACTORS) for name in model.graph.initializers):
         return True
-    return any(is_reflection(node) for node in ir.traversal.RecursiveGraphIterator(model.graph))
+    return any(is_operator(node) for node in ir.traversal.RecursiveGraphIterator(model.graph))
 
 
 def _path(node: ir.Node) -> str:

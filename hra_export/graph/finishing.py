@@ -1,7 +1,7 @@
 """The last passes over a graph: precision, swapping, the form of the reflections, and what it says about itself.
 
-The order matters. Quantizers must meet the reflections as opaque nodes; what gives them a body, or takes them apart,
-comes after every pass that would inline them.
+The order matters. Quantizers must meet the reflections as opaque nodes, one by one; what joins them, gives them a body
+or takes them apart comes after every pass that would inline them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,12 +16,14 @@ from hra_export.codebook import CodebookMatrix
 from hra_export.errors import GraphError
 from hra_export.graph.adapter_file import SUFFIX, write_adapter_file
 from hra_export.graph.forms import Form, lower_
+from hra_export.graph.grouped_operator import declare_used_
 from hra_export.graph.half import DTYPES, Half, to_half_
 from hra_export.graph.kept_bits import Matrix, keep_bits_
-from hra_export.graph.operator import declare_, is_reflection
+from hra_export.graph.operator import is_reflection
 from hra_export.graph.options import GraphOptions
 from hra_export.graph.provenance import clean_, declare_versions_, describe_
 from hra_export.graph.quantize import quantize_
+from hra_export.graph.regrouping import group_, ungroup_
 from hra_export.graph.rows import lower_rows_
 from hra_export.graph.swap_sites import SwapContract
 from hra_export.graph.swapping import make_row_swappable_, make_swappable_
@@ -75,7 +77,7 @@ def finish_(
     """Bring a graph into the shape that is written.
 
     Args:
-        model: with opaque reflections.
+        model: with opaque reflections, or with those that a graph had before.
         adapters: that it was made with.
         options: precision, swapping, form.
         family: what kind of model it belongs to; decides how int8 works.
@@ -88,6 +90,7 @@ def finish_(
         NumericalError: a weight that the precision cannot hold.
         UnsupportedModelError: chains before convolutions cannot be swapped.
     """
+    ungroup_(model)
     reflections = dict(_reflections(model))
     keeps = options.precision == "keep"
     notes = _keep_bits_(model, blocks, options) if keeps else _quantize_(model, options, family)
@@ -98,8 +101,8 @@ def finish_(
     parts = [_part(adapter, {*reflections, *known}) for adapter in adapters]
     contract = _make_swappable_(model, parts, options, known)
     forms = lower_(model) if options.plain_ops else {}
-    if any(is_reflection(node) for node in ir.traversal.RecursiveGraphIterator(model.graph)):
-        declare_(model)
+    group_(model)
+    declare_used_(model)
     clean_(model)
     declare_versions_(model)
     describe_(model, properties)

@@ -27,6 +27,7 @@ from hra_export.graph.grouping import ReflectionSite, forget_operator_, groups, 
 from hra_export.graph.input_forms import add_, gemm_, grouped_, subtract_
 from hra_export.graph.output_forms import augmented_, output_, output_grouped_, packed_
 from hra_export.graph.products import drop_constant_
+from hra_export.graph.regrouping import ungroup_
 
 Form = Literal["add", "sub", "gemm", "grouped", "output", "output-grouped", "packed", "augmented"]
 Choice = Form | Literal["auto"]
@@ -74,6 +75,7 @@ def lower_(model: ir.Model, form: Choice = "auto") -> dict[str, Form]:
     Returns:
         Target → the form that it got.
     """
+    ungroup_(model)
     got: dict[str, Form] = {}
     touched: set[ir.Value] = set()
     for sites in groups(model):

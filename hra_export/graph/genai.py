@@ -8,7 +8,7 @@ The only file that imports onnxruntime_genai.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,26 @@ from typing import Any
 import numpy as np
 
 from hra_export.adapter import HraAdapter
-from hra_export.errors import DeviceError, GraphError
+from hra_export.errors import DeviceError, GraphError, HraExportError
 from hra_export.filesystem import as_output_error
 from hra_export.graph import document
 from hra_export.graph.adapter_file import read_adapter_file
 from hra_export.graph.genai_builder import CONFIG_NAME, GRAPH_NAME, INSTALL, run_builder
-from hra_export.graph.genai_config import check_config, for_provider, to_bytes, traced_config
+from hra_export.graph.genai_config import (
+    check_config,
+    check_loadable,
+    for_provider,
+    provider_settings,
+    to_bytes,
+    traced_config,
+)
 from hra_export.graph.genai_corrections import correct_, resolved_config
+from hra_export.graph.genai_library import name_for_loader
 from hra_export.graph.genai_names import builder_names, wants_separate_attention
 from hra_export.graph.insertion import insert_reflections_
 from hra_export.graph.making import MadeGraphs
+from hra_export.graph.native import Operator, OperatorChoice, choose_operator
+from hra_export.graph.operator import DOMAIN
 from hra_export.graph.options import GraphOptions, Provider
 from hra_export.graph.swapping import read_contract
 from hra_export.graph.values import Array
@@ -119,40 +129,63 @@ class GenaiModel:
 
     Attributes:
         directory: what was loaded.
+        operator: the library whose kernels run the reflections, or why the operators' bodies do.
+        reflections: how many nodes of the graph that is about.
     """
 
-    def __init__(self, model: Any, directory: Path) -> None:
+    def __init__(self, model: Any, directory: Path, operator: OperatorChoice, reflections: int) -> None:
         self.directory = directory
+        self.operator = operator
+        self.reflections = reflections
         self._model = model
         self._adapters: Any = None
         self._names: set[str] = set()
 
     @classmethod
-    def open(cls, directory: Path, *, provider: Provider = "cpu") -> "GenaiModel":
+    def open(
+        cls, directory: Path, *, provider: Provider = "cpu", operator: Operator = "auto", cuda_graph: bool = False
+    ) -> "GenaiModel":
         """Load a directory on a provider, whatever its own configuration names.
 
+        Args:
+            directory: that `hra-export onnx --runtime genai` wrote, or another.
+            provider: runs the graph.
+            operator: library with kernels for the reflections; `auto` for the one that is found, if it serves the
+                provider, None for the operators' bodies.
+            cuda_graph: record the run of a single token and replay it for the next ones. Each generation records its
+                own, with its adapter; only with `provider="cuda"`.
+
         Raises:
-            DeviceError: onnxruntime-genai is not installed, or the provider cannot start.
+            DeviceError: onnxruntime-genai is not installed, the provider cannot start, or the library that is named
+                has no kernels for it or cannot be loaded.
+            FormatError: the library is not ours, or of another version.
             GraphError: the runtime refuses the directory.
+            UnsupportedModelError: its decoding cannot be recorded.
+            ValueError: a provider that records no CUDA graph.
         """
-        og = _import()
+        if cuda_graph and provider != "cuda":
+            raise ValueError(f"cuda_graph: only the `cuda` provider records one, got `{provider}`")
+        og, known = _import(), _json(directory / CONFIG_NAME)
+        check_loadable(known, str(directory), cuda_graph=cuda_graph)
+        choice, reflections = choose_operator(operator, provider), _reflections(directory, known)
+        if not reflections:
+            choice = OperatorChoice(None, "the graph has no reflections")
         try:
             config = og.Config(str(directory))
             config.clear_providers()
             if provider != "cpu":
                 config.append_provider(provider)
+            for name, value in provider_settings(provider, cuda_graph=cuda_graph).items():
+                config.set_provider_option(provider, name, value)
         except Exception as error:  # the runtime raises plain RuntimeError and its own
             raise GraphError(f"ONNX Runtime GenAI cannot read `{directory}`", findings=[str(error)]) from error
+        if choice.library is not None:
+            options = {"custom_ops_library": name_for_loader(choice.library.path, directory)}
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         try:
-            return cls(og.Model(config), directory)
+            return cls(og.Model(config), directory, choice, reflections)
         except Exception as error:
-            if provider != "cpu" and "not available" in str(error):
-                raise DeviceError(
-                    f"ONNX Runtime GenAI cannot start on {provider}",
-                    findings=[str(error)],
-                    hint="`hra-export doctor` says which libraries and devices there are",
-                ) from error
-            raise GraphError(f"ONNX Runtime GenAI cannot load `{directory}`", findings=[str(error)]) from error
+            raise _not_loaded(error, directory, provider) from error
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Load an `.onnx_adapter` file under a name, after what the runtime leaves out: is it whole, is it for this?
@@ -218,6 +251,24 @@ def _import() -> Any:
         raise DeviceError("ONNX Runtime GenAI is missing", findings=[str(error)], hint=INSTALL) from error
     onnxruntime_genai.disable_telemetry_events()
     return onnxruntime_genai
+
+
+def _not_loaded(error: Exception, directory: Path, provider: Provider) -> HraExportError:
+    """What the runtime raised when it loaded a directory, as an error of ours."""
+    if provider != "cpu" and "not available" in str(error):
+        return DeviceError(
+            f"ONNX Runtime GenAI cannot start on {provider}",
+            findings=[str(error)],
+            hint="`hra-export doctor` says which libraries and devices there are",
+        )
+    hint = "open it without `cuda_graph`" if "graph capture" in str(error) else None
+    return GraphError(f"ONNX Runtime GenAI cannot load `{directory}`", findings=[str(error)], hint=hint)
+
+
+def _reflections(directory: Path, config: Mapping[str, Any]) -> int:
+    """How many nodes of a directory's graph are operators of ours; 0 where there is no graph."""
+    file = directory / str(config.get("model", {}).get("decoder", {}).get("filename", GRAPH_NAME))
+    return sum(node.domain == DOMAIN for node in document.open_graph(file).graph) if file.is_file() else 0
 
 
 def _json(path: Path) -> dict[str, Any]:

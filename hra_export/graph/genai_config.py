@@ -139,6 +139,40 @@ def check_config(config: Config, graph: ir.Graph) -> None:
         )
 
 
+def check_loadable(config: Config, directory: str, *, cuda_graph: bool) -> None:
+    """Make sure that a directory runs no code of its own, and that its decoding can be recorded when it shall be.
+
+    Args:
+        config: the directory's.
+        directory: for the message.
+        cuda_graph: one-token runs are recorded and replayed, which needs a cache that stays where it is.
+
+    Raises:
+        GraphError: it names a library to load.
+        UnsupportedModelError: its graph returns a cache that has grown.
+    """
+    named = config.get("model", {}).get("decoder", {}).get("session_options", {}).get("custom_ops_library")
+    if named is not None:
+        raise GraphError(
+            f"`{directory}` wants a library of its own loaded, whose code would run here: `{named}`",
+            hint="remove `custom_ops_library` from its genai_config.json; --operator names a library that you trust",
+        )
+    if cuda_graph and config.get("search", {}).get("past_present_share_buffer") is not True:
+        raise UnsupportedModelError(
+            f"`{directory}`: its decoding cannot be recorded as a CUDA graph",
+            findings=["past_present_share_buffer is not true: each step returns its cache in other memory"],
+            hint="graphs of GenAI's own builder for CUDA share it; open this one without `cuda_graph`",
+        )
+
+
+def provider_settings(provider: Provider, *, cuda_graph: bool) -> dict[str, str]:
+    """What a provider is told when a directory is loaded, whatever its own configuration says."""
+    if provider != "cuda":
+        return {}
+    # TF32 would round float32 products to 11 bits, as in other sessions.
+    return {"enable_cuda_graph": str(int(cuda_graph)), "use_tf32": "0"}
+
+
 def to_bytes(config: Config) -> bytes:
     """As it is written."""
     return (json.dumps(config, indent=4, ensure_ascii=False) + "\n").encode()

@@ -62,7 +62,8 @@ class ReflectionSite:
 def groups(model: ir.Model) -> list[tuple[ReflectionSite, ...]]:
     """Every reflection of a model, subgraphs included, with those that read the same value in the same graph.
 
-    They come in the order of the graph; a reflection whose U or V can be fed comes alone.
+    They come in the order of the graph; a reflection whose U or V can be fed comes alone. Nodes of several reflections
+    must have been taken apart.
     """
     found: dict[object, list[ReflectionSite]] = {}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):

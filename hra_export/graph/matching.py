@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from hra_export.graph.operator import is_reflection
+from hra_export.graph.grouped_operator import is_operator
 from hra_export.graph.sites import LOOKUPS, Site
 
 # Products that some graphs split and others pack, in the order of their outputs.
@@ -217,12 +217,12 @@ def _is_same_weight(one: Site, other: Site) -> bool:
 def _is_reflected(site: Site) -> bool:
     """Whether a chain acts on a site already, under whatever name."""
     if site.kind == "lookup":
-        return any(is_reflection(node) for node in site.node.outputs[0].consumers())
+        return any(is_operator(node) for node in site.node.outputs[0].consumers())
     if site.kind == "convolution":
         sums = [node for node in site.node.outputs[0].consumers() if node.op_type == "Add"]
         return any(_is_small_convolution(value) for node in sums for value in node.inputs)
     producer = site.node.inputs[0].producer() if site.node.inputs[0] is not None else None
-    if producer is None or not is_reflection(producer):
+    if producer is None or not is_operator(producer):
         return False
     before = producer.inputs[0].producer() if producer.inputs[0] is not None else None
     return before is None or before.op_type not in LOOKUPS  # behind a lookup it is the lookup's

@@ -23,6 +23,7 @@ from hra_export.householder import BlockReflector
 DOMAIN = "hra"
 OPERATOR = "HouseholderReflection"
 VERSION = 1
+STEPS = ("XU", "XUV", "Y")  # what the body's nodes compute
 
 
 def operands(
@@ -88,15 +89,18 @@ def function(opset: int) -> ir.Function:
         opset: version of the ONNX domain in the model that carries it.
     """
     x, u, v = (ir.Value(name=name) for name in ("X", "U", "V"))
+    nodes = steps(x, u, v)
+    for made, name in zip(nodes, STEPS, strict=True):
+        made.outputs[0].name = name
+    graph = ir.Graph([x, u, v], [nodes[-1].outputs[0]], nodes=nodes, opset_imports={"": opset}, name=OPERATOR)
+    return ir.Function(DOMAIN, OPERATOR, graph=graph, attributes=[])
+
+
+def steps(x: ir.Value, u: ir.Value, v: ir.Value) -> list[ir.Node]:
+    """The plain nodes of one reflection; the last one's output is Y, and no output has a name yet."""
     coefficients = ir.node("MatMul", [x, u])  # (…, r)
     change = ir.node("MatMul", [coefficients.outputs[0], v])  # (…, d)
-    total = ir.node("Add", [x, change.outputs[0]])
-    for made, name in ((coefficients, "XU"), (change, "XUV"), (total, "Y")):
-        made.outputs[0].name = name
-    graph = ir.Graph(
-        [x, u, v], [total.outputs[0]], nodes=[coefficients, change, total], opset_imports={"": opset}, name=OPERATOR
-    )
-    return ir.Function(DOMAIN, OPERATOR, graph=graph, attributes=[])
+    return [coefficients, change, ir.node("Add", [x, change.outputs[0]])]
 
 
 def declare_(model: ir.Model) -> None:

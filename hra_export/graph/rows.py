@@ -21,6 +21,7 @@ from hra_export.graph.swap_sites import ADAPTER_INDEX, Site
 OPERATOR = "HouseholderReflectionRows"
 VERSION = 1
 RANKS = (2, 3, 4)
+STEPS = ("UA", "VA", "XU", "XUV", "Y")  # what the body's nodes compute
 
 
 def is_row_reflection(candidate: ir.Node) -> bool:
@@ -58,8 +59,9 @@ def place_rows_(model: ir.Model, sites: Sequence[Site], batch: str | int | None)
         shape=ir.Shape([ir.SymbolicDim(size) if isinstance(size, str) else size]),
     )
     model.graph.inputs.append(index)
+    brought: dict[ir.Value, ir.Value] = {}
     for node in nodes:
-        made = list(_row_nodes(model.graph, node, index))
+        made = list(_row_nodes(model.graph, node, index, brought))
         old, new = node.outputs[0], made[-1].outputs[0]
         new.type, new.shape, new.name = old.type, old.shape, old.name
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], made, [old], [new])
@@ -75,18 +77,18 @@ def row_function(opset: int) -> ir.Function:
         opset: version of the ONNX domain in the model that carries it.
     """
     x, index, u, v = (ir.Value(name=name) for name in ("X", "A", "U", "V"))
-    nodes = _body(x, index, u, v)
-    for made, name in zip(nodes, ("UA", "VA", "XU", "XUV", "Y"), strict=True):
+    nodes = steps(x, index, u, v)
+    for made, name in zip(nodes, STEPS, strict=True):
         made.outputs[0].name = name
     graph = ir.Graph([x, index, u, v], [nodes[-1].outputs[0]], nodes=nodes, opset_imports={"": opset}, name=OPERATOR)
     return ir.Function(DOMAIN, OPERATOR, graph=graph, attributes=[])
 
 
 def lower_rows_(model: ir.Model) -> None:
-    """Replace the operator by plain nodes, and take its body out, in place."""
+    """Replace single operators by plain nodes, and take their body out, in place."""
     for node in [node for node in model.graph if is_row_reflection(node)]:
         x, index, u, v = (value for value in node.inputs if value is not None)
-        made = _body(x, index, u, v)
+        made = steps(x, index, u, v)
         for part, name in zip(made, ("U", "V", "XU", "XUV", "Y"), strict=True):
             part.name = f"{node.name}/{name}"
             part.outputs[0].name = f"{part.name}_output"
@@ -96,7 +98,8 @@ def lower_rows_(model: ir.Model) -> None:
     model.functions.pop((DOMAIN, OPERATOR, ""), None)
 
 
-def _body(x: ir.Value, index: ir.Value, u: ir.Value, v: ir.Value) -> list[ir.Node]:
+def steps(x: ir.Value, index: ir.Value, u: ir.Value, v: ir.Value) -> list[ir.Node]:
+    """The plain nodes of one reflection of rows; the last one's output is Y, and no output has a name yet."""
     own_u = ir.node("Gather", [u, index], attributes={"axis": 0})  # (b, d, r)
     own_v = ir.node("Gather", [v, index], attributes={"axis": 0})  # (b, r, d)
     coefficients = ir.node("MatMul", [x, own_u.outputs[0]])  # (b, t, r)
@@ -104,8 +107,8 @@ def _body(x: ir.Value, index: ir.Value, u: ir.Value, v: ir.Value) -> list[ir.Nod
     return [own_u, own_v, coefficients, change, ir.node("Add", [x, change.outputs[0]])]
 
 
-def _row_nodes(graph: ir.Graph, node: ir.Node, index: ir.Value) -> Iterator[ir.Node]:
-    """The operator, between nodes that bring X to rank 3 and back."""
+def _row_nodes(graph: ir.Graph, node: ir.Node, index: ir.Value, brought: dict[ir.Value, ir.Value]) -> Iterator[ir.Node]:
+    """The operator, between nodes that bring X to rank 3 and back; an X that several read is brought once."""
     x, u, v = node.inputs
     assert x is not None
     assert x.shape is not None
@@ -113,23 +116,32 @@ def _row_nodes(graph: ir.Graph, node: ir.Node, index: ir.Value) -> Iterator[ir.N
     if rank == 3:
         yield ir.node(OPERATOR, [x, index, u, v], domain=DOMAIN, version=VERSION, name=name)
         return
+    if x not in brought:
+        before = _to_rank_3(graph, x, name)
+        yield before
+        brought[x] = before.outputs[0]
+    made = ir.node(OPERATOR, [brought[x], index, u, v], domain=DOMAIN, version=VERSION, name=name)
+    made.outputs[0].type = x.type
+    yield made
     if rank == 2:
         axis = _constant(graph, f"{name}/axis", [1])
-        before = ir.node("Unsqueeze", [x, axis], name=f"{name}/unsqueeze")  # (b, 1, d)
-    else:
-        width = x.shape[-1]
-        assert isinstance(width, int)
-        rows = _constant(graph, f"{name}/rows", [0, -1, width])
-        before = ir.node("Reshape", [x, rows], name=f"{name}/rows_of_batch")  # (b, h w, d)
-    before.outputs[0].type = x.type
-    made = ir.node(OPERATOR, [before.outputs[0], index, u, v], domain=DOMAIN, version=VERSION, name=name)
-    made.outputs[0].type = x.type
-    yield from (before, made)
-    if rank == 2:
         yield ir.node("Squeeze", [made.outputs[0], axis], name=f"{name}/squeeze")
     else:
         shape = ir.node("Shape", [x], name=f"{name}/shape")
         yield from (shape, ir.node("Reshape", [made.outputs[0], shape.outputs[0]], name=f"{name}/shape_of_x"))
+
+
+def _to_rank_3(graph: ir.Graph, x: ir.Value, name: str) -> ir.Node:
+    assert x.shape is not None
+    if len(x.shape) == 2:
+        node = ir.node("Unsqueeze", [x, _constant(graph, f"{name}/new_axis", [1])], name=f"{name}/unsqueeze")
+    else:
+        width = x.shape[-1]
+        assert isinstance(width, int)
+        sizes = _constant(graph, f"{name}/rows", [0, -1, width])
+        node = ir.node("Reshape", [x, sizes], name=f"{name}/rows_of_batch")
+    node.outputs[0].type = x.type  # (b, 1, d) or (b, h w, d)
+    return node
 
 
 def _constant(graph: ir.Graph, name: str, numbers: Sequence[int]) -> ir.Value:

@@ -69,28 +69,42 @@ def to_device(array: Array, device: tuple[str, int]) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), *device)
 
 
-def run_options(cuda_graph: str | None) -> Any:
+def run_options(cuda_graph: int) -> Any:
     """Options of one run.
 
     Args:
-        cuda_graph: number of the CUDA graph that records or replays it, -1 for none; only in sessions that record.
+        cuda_graph: number of the CUDA graph that records or replays it, -1 for none. It is said in every session: the
+            runtime's Python side looks for it in each bound run, and where it is missing catches an exception.
     """
     import onnxruntime
 
     options = onnxruntime.RunOptions()
     options.log_severity_level = ERRORS_ONLY
-    if cuda_graph is not None:
-        options.add_run_config_entry("gpu_graph_id", cuda_graph)
+    options.add_run_config_entry("gpu_graph_id", str(cuda_graph))
     return options
 
 
+def release_cuda_graph(session: Any, number: int) -> None:
+    """Give back what a recorded CUDA graph holds, where the runtime can (1.31)."""
+    if hasattr(session, "release_captured_graph"):
+        session.release_captured_graph(number)
+
+
 def make_session(
-    file: Path, provider: Provider, *, optimize: bool, threads: int | None, device: int, cuda_graph: bool
+    file: Path,
+    provider: Provider,
+    *,
+    optimize: bool,
+    threads: int | None,
+    device: int,
+    cuda_graph: bool,
+    library: Path | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` that never falls back; arguments as of `GraphSession.open`.
 
     Raises:
-        DeviceError: the provider is not in this build, or finds no library or device.
+        DeviceError: the provider is not in this build, finds no library or device, or the runtime does not take the
+            library of operators.
     """
     import onnxruntime
 
@@ -112,6 +126,8 @@ def make_session(
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
         settings.intra_op_num_threads = threads
+    if library is not None:
+        _register(library, settings)
     try:
         options = _provider_options(provider, device, cuda_graph)
         session = onnxruntime.InferenceSession(file, settings, providers=[(name, options)], enable_fallback=0)
@@ -119,6 +135,17 @@ def make_session(
         raise no_provider(name, str(error)) from error
     session.disable_fallback()
     return session
+
+
+def _register(library: Path, settings: Any) -> None:
+    try:
+        settings.register_custom_ops_library(str(library))
+    except _errors() as error:
+        raise DeviceError(
+            f"ONNX Runtime does not take the operator library `{library}`",
+            findings=[str(error)],
+            hint="`hra-export build-op` builds one for this version",
+        ) from error
 
 
 def no_provider(name: str, finding: str) -> DeviceError:

@@ -6,6 +6,7 @@ active adapters hold only for a plain run.
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,13 @@ from hra_export.graph import runtime
 from hra_export.graph.adapter_file import read_adapter_file
 from hra_export.graph.bank import AdapterBank
 from hra_export.graph.binding import BoundRun
+from hra_export.graph.grouped_operator import OPERATORS
+from hra_export.graph.native import Operator, OperatorChoice, choose_operator
 from hra_export.graph.providers import EXECUTION_PROVIDERS, AssignedNode, Provider, fallen_back
 from hra_export.graph.runtime import available_providers
 from hra_export.graph.swap_sites import SwapContract, Swapping
 from hra_export.graph.values import Array, TensorSpec, as_tensors, misfits, to_array
+from hra_export.kernels.operator_library import OperatorLibrary
 
 __all__ = ["GraphSession", "available_providers"]
 
@@ -36,6 +40,7 @@ class GraphSession:
         path: the model file.
         provider: the provider that runs every compute node.
         nodes: every node, and the provider that runs it.
+        operator: the library of operators that is registered, or why there is none.
         inputs: what every run must be fed.
         optional: inputs with defaults, U and V of a swappable graph among them.
         outputs: what a run gives.
@@ -50,12 +55,14 @@ class GraphSession:
         provider: Provider,
         *,
         nodes: Sequence[AssignedNode],
+        operator: OperatorChoice,
         device: int,
         cuda_graph: bool,
     ) -> None:
         self.path = path
         self.provider = provider
         self.nodes = tuple(nodes)
+        self.operator = operator
         self.inputs = tuple(TensorSpec.of(argument) for argument in session.get_inputs())
         self.optional = tuple(TensorSpec.of(argument) for argument in session.get_overridable_initializers())
         self.outputs = tuple(TensorSpec.of(argument) for argument in session.get_outputs())
@@ -77,6 +84,7 @@ class GraphSession:
         threads: int | None = None,
         device: int = 0,
         cuda_graph: bool = False,
+        operator: Operator = "auto",
     ) -> "GraphSession":
         """Load a graph and make sure that the provider runs it.
 
@@ -87,10 +95,14 @@ class GraphSession:
             threads: of one operator on the CPU; all cores when left out.
             device: which GPU.
             cuda_graph: record the kernels of a bound run and replay them; only with `provider="cuda"` and `bind`.
+            operator: library with kernels for the reflections; `auto` for the one that is found, if it serves the
+                provider, None for the operators' bodies.
 
         Raises:
             GraphError: no such file, corrupt, or with an operator that nobody knows.
-            DeviceError: the provider is not there, or other providers would run some of the nodes.
+            FormatError: the library is not ours, or of another version.
+            DeviceError: the provider is not there, other providers would run some of the nodes, or the library that
+                is named has no kernels for it.
             UnsupportedModelError: the provider has no kernel for a node's type.
             ValueError: no provider of this name, or one that records no CUDA graph.
         """
@@ -98,13 +110,30 @@ class GraphSession:
             raise ValueError(f"provider: expected one of {', '.join(EXECUTION_PROVIDERS)}, got `{provider}`")
         if cuda_graph and provider != "cuda":
             raise ValueError(f"cuda_graph: only the `cuda` provider records one, got `{provider}`")
-        file = _model_file(path)
+        file, choice = _model_file(path), choose_operator(operator, provider)
+        library = None if choice.library is None else choice.library.path
         with runtime.runtime_errors(file):
             session = runtime.make_session(
-                file, provider, optimize=optimize, threads=threads, device=device, cuda_graph=cuda_graph
+                file,
+                provider,
+                optimize=optimize,
+                threads=threads,
+                device=device,
+                cuda_graph=cuda_graph,
+                library=library,
             )
         nodes = _placed_nodes(session, file, provider)
-        return cls(session, file, provider, nodes=nodes, device=device, cuda_graph=cuda_graph)
+        return cls(session, file, provider, nodes=nodes, operator=choice, device=device, cuda_graph=cuda_graph)
+
+    @property
+    def native(self) -> OperatorLibrary | None:
+        """The library whose kernels run the graph's reflections; None when their bodies do, or there are none."""
+        return self.operator.library if self.native_nodes else None
+
+    @property
+    def native_nodes(self) -> int:
+        """How many nodes the library's kernels run."""
+        return sum(OPERATORS.fullmatch(node.op_type) is not None for node in self.nodes)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -187,7 +216,7 @@ class GraphSession:
         wanted = [spec.name for spec in self._wanted(outputs)]
         values = {**{name: runtime.to_value(value) for name, value in feeds.items()}, **chosen}
         with runtime.runtime_errors(self.path):
-            results = self._session.run_with_ort_values(wanted, values, self._run_options(records=False))
+            results = self._session.run_with_ort_values(wanted, values, runtime.run_options(NO_CUDA_GRAPH))
         return dict(zip(wanted, map(to_array, results), strict=True))
 
     def bind(
@@ -206,8 +235,11 @@ class GraphSession:
         chosen = self._bank.chosen(feeds, self.inputs, adapter=adapter, adapters=adapters)
 
         def make() -> tuple[Any, Callable[[], None]]:
-            binding, options = self._session.io_binding(), self._run_options(records=True)
-            return binding, partial(self._run_bound, binding, options)
+            binding = self._session.io_binding()
+            number = NO_CUDA_GRAPH if self._cuda_graphs is None else next(self._cuda_graphs)
+            if number != NO_CUDA_GRAPH:  # what was recorded is of no use without its memory
+                weakref.finalize(binding, runtime.release_cuda_graph, self._session, number).atexit = False
+            return binding, partial(self._run_bound, binding, runtime.run_options(number))
 
         bound = BoundRun(
             make,
@@ -220,7 +252,6 @@ class GraphSession:
 
     def _run_bound(self, binding: Any, options: Any) -> None:
         with runtime.runtime_errors(self.path):
-            binding.synchronize_inputs()
             self._session.run_with_iobinding(binding, options)
             binding.synchronize_outputs()
 
@@ -232,11 +263,6 @@ class GraphSession:
         if unknown:
             raise ValueError(f"unknown outputs: {', '.join(unknown)}; the graph has {', '.join(known)}")
         return [known[name] for name in outputs]
-
-    def _run_options(self, *, records: bool) -> Any:
-        if self._cuda_graphs is None:
-            return runtime.run_options(None)
-        return runtime.run_options(str(next(self._cuda_graphs) if records else NO_CUDA_GRAPH))
 
     def _swappable(self) -> SwapContract:
         if self.contract is None:

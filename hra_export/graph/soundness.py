@@ -25,9 +25,12 @@ def check_graph(path: Path) -> None:
     """
     model = onnx.load(path, load_external_data=False)
     nodes = list(_nodes(model.graph))
-    has_body = DOMAIN in {function.domain for function in model.functions}
-    if not has_body and any(node.domain == DOMAIN for node in nodes):
-        raise GraphError(f"`{path}` is not sound: it uses the domain `{DOMAIN}` and does not define its operator")
+    bodies = {function.name for function in model.functions if function.domain == DOMAIN}
+    if missing := sorted({node.op_type for node in nodes if node.domain == DOMAIN} - bodies):
+        raise GraphError(
+            f"`{path}` is not sound: it uses operators of the domain `{DOMAIN}` and does not define them",
+            findings=missing,
+        )
     try:
         if any(_is_foreign(node, model) for node in nodes):
             onnx.checker.check_model(_checkable(model), full_check=True)

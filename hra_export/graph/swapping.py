@@ -23,8 +23,9 @@ import onnx_ir as ir
 from hra_export.adapter import HraAdapter
 from hra_export.errors import GraphError, UnsupportedModelError
 from hra_export.graph.adapter_file import adapter_parameters, parameters_digest, stack_operands
-from hra_export.graph.operator import is_reflection
+from hra_export.graph.grouped_operator import is_operator, members
 from hra_export.graph.provenance import NAME_SCOPES
+from hra_export.graph.regrouping import ungroup_
 from hra_export.graph.rows import place_rows_
 from hra_export.graph.swap_sites import U_SUFFIX, V_SUFFIX, Site, SwapContract, Swapping
 from hra_export.graph.values import Array, TensorSpec, numpy_dtype
@@ -112,6 +113,7 @@ def make_row_swappable_(
     stacked = stack_operands(default, contract, strength=strength)
     if not default:
         stacked = {name: array[None] for site in contract.sites for name, array in _zeros(site, base_rank)}
+    ungroup_(model)
     place_rows_(model, contract.sites, batch)
     count = ir.SymbolicDim("adapters")
     for site in contract.sites:
@@ -165,7 +167,7 @@ def _contract(model: ir.Model, swapping: Swapping, baked: Sequence[HraAdapter]) 
     findings += [
         f"{node.name}: its U and V have other names than `<target>{U_SUFFIX}` and `<target>{V_SUFFIX}`"
         for node in model.graph
-        if is_reflection(node) and not str(node.inputs[1] and node.inputs[1].name).endswith(U_SUFFIX)
+        if any(not str(each.u.name).endswith(U_SUFFIX) for each in members(node))
     ]
     if findings or not targets:
         raise GraphError("this graph cannot be made swappable", findings=findings or ["it has no reflection"])
@@ -252,5 +254,5 @@ def _make_input_(model: ir.Model, name: str, default: Array, shape: Sequence[int
 def _open_last_size_(node: ir.Node, rank: ir.SymbolicDim) -> None:
     """X U of a place that has been lowered is (…, r): its size is no longer known."""
     shape = node.outputs[0].shape
-    if not is_reflection(node) and shape is not None:
+    if not is_operator(node) and shape is not None:
         node.outputs[0].shape = ir.Shape([*tuple(shape)[:-1], rank])

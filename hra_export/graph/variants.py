@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from hra_export.filesystem import as_output_error
 from hra_export.graph.document import open_graph, save_graph
+from hra_export.graph.grouped_operator import is_operator
 from hra_export.graph.half import widened
-from hra_export.graph.operator import is_reflection
 from hra_export.graph.products import REFLECTION_SUFFIXES, module_path
 
 # The last factor of a reflection, by the ends of its name: with zeros there, a reflection does nothing.
@@ -127,7 +127,7 @@ def _whole(node: ir.Node, path: str) -> ir.Value:
 
 def _is_of_reflection(node: ir.Node) -> bool:
     """Whether a node multiplies with an operand of a reflection, and is no layer of the model."""
-    if is_reflection(node):
+    if is_operator(node):
         return False
     return any(value is not None and str(value.name).endswith(REFLECTION_SUFFIXES) for value in node.inputs)
 

@@ -16,11 +16,18 @@ from peft.tuners.hra.layer import HRAConv2d, HRALinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from hra_export import householder
+from hra_export import householder, kernels
 from hra_export.errors import NumericalError, UnsupportedModelError
 from hra_export.householder import BlockReflector
 from hra_export.layer import added_convolution
-from hra_export.reflection import activation_dtype, differentiable_factors, orthonormal_columns, reflect
+from hra_export.reflection import (
+    Factors,
+    activation_dtype,
+    differentiable_factors,
+    orthonormal_columns,
+    reflect,
+    reflect_rows,
+)
 from hra_export.training import quantized
 from hra_export.training.workspace import Workspace
 
@@ -149,11 +156,28 @@ class ReflectionLinear(ReflectionLayer, HRALinear):
         return x
 
     def _rotate_rows(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        names = sorted(set(adapter_names) & set(self.hra_u))
+        if self._is_one_launch(x, names):
+            return self._rotate_together(x, adapter_names, names)
         z = x.to(activation_dtype(x), copy=True)
-        for name in set(adapter_names) & set(self.hra_u):
+        for name in names:
             rows = [i for i, other in enumerate(adapter_names) if other == name]
             z[rows] = self._reflect(x[rows], name)
         return z
+
+    def _is_one_launch(self, x: Tensor, names: list[str]) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len({self.hra_r[name] for name in names}) != 1:
+            return False
+        return kernels.take(x, self.hra_r[names[0]])
+
+    def _rotate_together(self, x: Tensor, adapter_names: list[str], names: list[str]) -> Tensor:
+        """The chains of all rows at once; rows without an adapter have a chain of zeros, which is the identity."""
+        found = [self.workspace.factors(self, name, activation_dtype(x)) for name in names]
+        u = torch.stack([*(each.u.mT for each in found), torch.zeros_like(found[0].u.mT)]).mT  # each stored as Uᵀ
+        s = torch.stack([*(each.s for each in found), torch.zeros_like(found[0].s)])
+        place = {name: i for i, name in enumerate(names)}
+        index = torch.tensor([place.get(name, len(names)) for name in adapter_names], device=x.device)
+        return reflect_rows(x, index, Factors(u, s))
 
     def _reflect(self, x: Tensor, adapter: str) -> Tensor:
         vectors = self.hra_u[adapter]

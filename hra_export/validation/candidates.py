@@ -9,6 +9,7 @@ from typing import Any
 from hra_export.checkpoint import MANIFEST_NAME
 from hra_export.errors import FormatError, GraphError
 from hra_export.graph.document import open_graph
+from hra_export.graph.grouped_operator import is_operator
 from hra_export.graph.provenance import stated_strength
 from hra_export.graph.signature import Signature, read_signature
 from hra_export.strength import INTERPOLATIONS, Interpolation
@@ -28,10 +29,11 @@ KNOWN_NAMES = {
 
 @dataclass(frozen=True)
 class GraphFile:
-    """One graph of a candidate and its outside."""
+    """One graph of a candidate: its outside, and how many of its nodes are operators of ours."""
 
     path: Path
     signature: Signature
+    reflections: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def open_candidate(path: Path) -> GraphCandidate:
     genai = _parsed(root / GENAI_CONFIG) if path.is_dir() and (root / GENAI_CONFIG).is_file() else None
     files = {"model": path} if path.is_file() else _files(root, manifest, genai)
     width = None if genai is None else genai["model"]["decoder"].get("head_size")
-    graphs = {role: GraphFile(file, _sized(read_signature(open_graph(file)), width)) for role, file in files.items()}
+    graphs = {role: _read_graph(file, width) for role, file in files.items()}
     return GraphCandidate(root, graphs, manifest, genai)
 
 
@@ -148,6 +150,11 @@ def _files(root: Path, manifest: Mapping[str, Any], genai: Mapping[str, Any] | N
         findings=[f"{name}: its part in the model cannot be told from its name" for name in there],
         hint="pass the .onnx file itself with `--candidate`",
     )
+
+
+def _read_graph(file: Path, width: object) -> GraphFile:
+    model = open_graph(file)
+    return GraphFile(file, _sized(read_signature(model), width), sum(map(is_operator, model.graph)))
 
 
 def _sized(signature: Signature, width: object) -> Signature:

@@ -8,12 +8,16 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hra_export.errors import DeviceError, HraExportError
 from hra_export.validation.job import ANSWER, JOB, PROGRESS, Array
+
+if TYPE_CHECKING:
+    from hra_export.graph.native import OperatorChoice
+    from hra_export.graph.session import GraphSession
 
 ADAPTER = "adapter"
 
@@ -45,7 +49,9 @@ def main(directory: str) -> int:
     root = Path(directory)
     job = json.loads((root / JOB).read_text())
     try:
-        answer: dict[str, Any] = {"answers": [*_run_all(root, job), *_generate_all(root, job)]}
+        operators: dict[str, Any] = {}
+        answers = [*_run_all(root, job, operators), *_generate_all(root, job, operators)]
+        answer: dict[str, Any] = {"answers": answers, "operators": operators}
     except HraExportError as error:
         details = {"message": error.message, "findings": list(error.findings), "hint": error.hint}
         answer = {"error": {"kind": type(error).__name__, **details}}
@@ -53,11 +59,13 @@ def main(directory: str) -> int:
     return 0
 
 
-def _run_all(root: Path, job: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _run_all(root: Path, job: Mapping[str, Any], operators: dict[str, Any]) -> list[dict[str, Any]]:
     (root / PROGRESS).write_text("loading the graph")
-    sessions = {
-        role: _open(Path(path), job["provider"], job["adapters"].get(role)) for role, path in job["graphs"].items()
-    }
+    sessions = {}
+    for role, path in job["graphs"].items():
+        opened = _open(Path(path), job, job["adapters"].get(role))
+        operators[role] = _told(opened.operator, opened.native_nodes)
+        sessions[role] = Session(opened, None if job["adapters"].get(role) is None else ADAPTER)
     answers = []
     for index, run in enumerate(job["runs"]):
         (root / PROGRESS).write_text(run["name"])
@@ -73,14 +81,15 @@ def _run_all(root: Path, job: Mapping[str, Any]) -> list[dict[str, Any]]:
     return answers
 
 
-def _generate_all(root: Path, job: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _generate_all(root: Path, job: Mapping[str, Any], operators: dict[str, Any]) -> list[dict[str, Any]]:
     """What ONNX Runtime GenAI's generator says."""
     if job["genai"] is None:
         return []
     from hra_export.graph.genai import GenaiModel
 
     (root / PROGRESS).write_text("loading the directory into ONNX Runtime GenAI")
-    model = GenaiModel.open(Path(job["genai"]), provider=job["provider"])
+    model = GenaiModel.open(Path(job["genai"]), provider=job["provider"], operator=_operator(job))
+    operators["genai"] = _told(model.operator, model.reflections)
     file = job["adapters"].get("model")
     chosen = None if file is None else ADAPTER
     if chosen is not None:
@@ -96,13 +105,24 @@ def _generate_all(root: Path, job: Mapping[str, Any]) -> list[dict[str, Any]]:
     return answers
 
 
-def _open(path: Path, provider: str, adapter: str | None) -> "Session":
+def _open(path: Path, job: Mapping[str, Any], adapter: str | None) -> "GraphSession":
     from hra_export.graph.session import GraphSession
 
-    session = GraphSession.open(path, provider=provider)  # type: ignore[arg-type]  # the parent took it from the choices
+    session = GraphSession.open(path, provider=job["provider"], operator=_operator(job))
     if adapter is not None:
         session.load_adapter(ADAPTER, Path(adapter))
-    return Session(session, ADAPTER if adapter is not None else None)
+    return session
+
+
+def _operator(job: Mapping[str, Any]) -> Any:
+    """A path, `auto` or None."""
+    return job["operator"] if job["operator"] in ("auto", None) else Path(job["operator"])
+
+
+def _told(choice: "OperatorChoice", nodes: int) -> dict[str, Any]:
+    """What ran the reflections, as plain values."""
+    library = choice.library.to_json() if choice.library is not None else None
+    return {"library": library, "nodes": nodes, "reason": choice.reason}
 
 
 def _run(

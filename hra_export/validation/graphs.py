@@ -15,6 +15,7 @@ from hra_export import parity
 from hra_export.adapter import HraAdapter
 from hra_export.checkpoint import Checkpoint, open_checkpoint
 from hra_export.errors import GraphError
+from hra_export.graph.native import Operator
 from hra_export.parity import ParityReport
 from hra_export.tensorfile import strict_json
 from hra_export.tolerance import GRAPH_TOLERANCES, UNREAD_TOLERANCES
@@ -40,6 +41,7 @@ def validate_graph(
     text: Path | None = None,
     prompts: Sequence[str] | None = None,
     timeout: float = TIMEOUT,
+    operator: Operator = "auto",
     say: Say | None = None,
 ) -> ParityReport:
     """Compare ONNX graphs with the base under live HRA layers.
@@ -53,6 +55,8 @@ def validate_graph(
         text: also score this text file: perplexity of the base, the reference and the candidate.
         prompts: to decode greedily, for a language model with a tokenizer; None for a few neutral ones.
         timeout: seconds after which the runtime counts as hung.
+        operator: library with kernels for the reflections; `auto` for the one that is found, if it serves the
+            provider, None for the operators' bodies.
         say: told about each stage.
 
     Returns:
@@ -62,11 +66,13 @@ def validate_graph(
         CheckpointError: the base cannot be read, or is no model.
         MismatchError: the adapters do not fit the base, or an adapter file not the graph.
         GraphError: the candidate cannot be read or loaded, or takes inputs that nothing is known for.
-        DeviceError: the provider is missing, or the runtime fell back from it.
+        DeviceError: the provider is missing, the runtime fell back from it, or the library that is named has no
+            kernels for it.
+        FormatError: the library is not ours, or of another version.
         UnsupportedModelError: no input is known for this kind of model, or the provider has no kernel for it.
     """
     tell = say or (lambda text: None)
-    question = Question(provider, per_layer, text, prompts, timeout)
+    question = Question(provider, per_layer, text, prompts, timeout, operator)
     checkpoint, found = open_checkpoint(base), open_candidate(candidate)
     if found.precision not in GRAPH_TOLERANCES:
         raise GraphError(f"`{candidate}`: no tolerance is known for precision `{found.precision}`")
@@ -121,5 +127,6 @@ def _verdict(
         perplexity=next((trial.perplexity for trial in trials if trial.perplexity is not None), None),
         provider=question.provider,
         exact=tuple(output for trial in trials for output in trial.exact),
+        operators=tuple(dict.fromkeys(run for trial in trials for run in trial.operators)),
         cost=next((trial.cost for trial in trials if trial.cost is not None), None),
     )

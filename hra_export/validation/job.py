@@ -1,6 +1,6 @@
 """What the child process is asked to run, as plain values: a file of JSON and one of arrays for each feed.
 
-    job.json        provider, graphs, runs
+    job.json        provider, operator, graphs, runs
     ARRAYS.npz      feeds of one step
     answer.json     what became of each run, or why there is none
     RUN.npz         `STEP/OUTPUT` → array
@@ -11,7 +11,7 @@ A run is a sequence of steps. Outputs flow on: what a step names in `flow` is ta
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
@@ -105,6 +105,7 @@ class Job:
         adapters: role → the `.onnx_adapter` file to switch on in that graph; for ONNX Runtime GenAI, `model`.
         genai: a directory of ONNX Runtime GenAI, or None.
         generations: what its generator is asked for, after the runs.
+        operator: library with kernels for the reflections, `auto` for the one that is found, None for none.
     """
 
     graphs: Mapping[str, Path]
@@ -113,6 +114,7 @@ class Job:
     adapters: Mapping[str, Path] = field(default_factory=dict)
     genai: Path | None = None
     generations: Sequence[Generation] = ()
+    operator: Path | Literal["auto"] | None = "auto"
 
     @property
     def names(self) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_export import parity
+from hra_export.graph.native import Operator
 from hra_export.graph.variants import Tap, make_variant, tap_
 from hra_export.layer import ReflectedLayer
 from hra_export.parity import OutputParity
@@ -35,6 +36,7 @@ def compare_layers(
     provider: str,
     adapters: Mapping[str, Path],
     timeout: float,
+    operator: Operator = "auto",
 ) -> tuple[list[OutputParity], list[str]]:
     """Measure every layer that can be found on both sides.
 
@@ -45,6 +47,7 @@ def compare_layers(
         provider: to run on.
         adapters: to switch on in swappable graphs, by role.
         timeout: seconds for the child.
+        operator: library with kernels for the reflections, `auto` for the one that is found, None for none.
 
     Returns:
         The measures in the order the layers run in PyTorch, and why some are missing.
@@ -58,7 +61,7 @@ def compare_layers(
             return [], ["the graph does not say which of its nodes belong to which layer"]
         graphs = {role: graph.path for role, graph in candidate.graphs.items()} | {candidate.main_role: path}
         run = runs_of(candidate, probe, further=[tap.output for tap in taps])[0]
-        ending = run_job(Job(graphs, provider, [run], adapters), timeout=timeout)
+        ending = run_job(Job(graphs, provider, [run], adapters, operator=operator), timeout=timeout)
     if ending.failure is not None or ending.answers[run.name].error is not None:
         return [], [f"layers could not be compared: {ending.failure or ending.answers[run.name].error}"]
     found = ending.answers[run.name].outputs[-1]

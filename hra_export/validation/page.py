@@ -52,6 +52,7 @@ def _verdict(report: ParityReport) -> Iterator[str]:
     where = f", on {report.provider}" if report.provider else ""
     yield f'<p class="verdict {"right" if report.ok else "wrong"}">{word} ({escape(report.dtype)}{where})</p>'
     items = [("wrong", finding) for finding in report.findings] + [("note", note) for note in report.notes]
+    items += [("note", str(run)) for run in report.operators]
     items += [("note", str(report.cost))] if report.cost is not None else []
     if items:
         yield "<ul>" + "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in items) + "</ul>"

@@ -48,10 +48,12 @@ class Ending:
     Attributes:
         answers: by the runs' names.
         failure: how the child ended, when it ended without an answer.
+        operators: role of a graph, or `genai` → how many nodes a library's kernels ran, which library, or why none.
     """
 
     answers: Mapping[str, Answer] = field(default_factory=dict)
     failure: str | None = None
+    operators: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def run_job(job: Job, *, timeout: float) -> Ending:
@@ -73,7 +75,7 @@ def run_job(job: Job, *, timeout: float) -> Ending:
             return Ending(failure=f"the runtime did not answer within {timeout:g} s, {_where(root)}")
         if code or not (root / ANSWER).is_file():
             return Ending(failure=f"the runtime ended with {_name(code)}, {_where(root)}{_last_words(root)}")
-        return Ending(_read(root, job))
+        return _read(root, job)
 
 
 def run_child(root: Path, timeout: float) -> int:
@@ -96,6 +98,7 @@ def _write(root: Path, job: Job) -> None:
     data = asdict(job)
     data["graphs"] = {role: str(path.absolute()) for role, path in job.graphs.items()}
     data["adapters"] = {role: str(path.absolute()) for role, path in job.adapters.items()}
+    data["operator"] = str(job.operator.absolute()) if isinstance(job.operator, Path) else job.operator
     data["genai"] = None if job.genai is None else str(job.genai.absolute())
     for i, run in enumerate(data["runs"]):
         for j, step in enumerate(run["steps"]):
@@ -105,15 +108,16 @@ def _write(root: Path, job: Job) -> None:
     (root / JOB).write_text(json.dumps(data))
 
 
-def _read(root: Path, job: Job) -> dict[str, Answer]:
+def _read(root: Path, job: Job) -> Ending:
     answer = json.loads((root / ANSWER).read_text())
     if "error" in answer:
         raise _raised(answer["error"])
     steps = [len(run.steps) for run in job.runs] + [0] * len(job.generations)
-    return {
+    answers = {
         name: _answer(root / f"run{index}.npz", count, given)
         for index, (name, count, given) in enumerate(zip(job.names, steps, answer["answers"], strict=True))
     }
+    return Ending(answers, operators=answer["operators"])
 
 
 def _answer(path: Path, steps: int, given: Mapping[str, Any]) -> Answer:

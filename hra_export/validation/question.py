@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hra_export.graph.native import Operator
+
 
 @dataclass(frozen=True)
 class Question:
@@ -15,6 +17,7 @@ class Question:
         text: a file to score, or None.
         prompts: to decode; None for a few neutral ones.
         timeout: seconds for each child.
+        operator: library with kernels for the reflections, `auto` for the one that is found, None for none.
     """
 
     provider: str
@@ -22,3 +25,4 @@ class Question:
     text: Path | None
     prompts: Sequence[str] | None
     timeout: float
+    operator: Operator = "auto"

@@ -11,7 +11,7 @@ from torch import Tensor
 from hra_export import parity
 from hra_export.graph.codes import keep_activations_
 from hra_export.graph.variants import silence_
-from hra_export.parity import Decoding, OutputParity, Perplexity, RoundingCost
+from hra_export.parity import Decoding, OperatorRun, OutputParity, Perplexity, RoundingCost
 from hra_export.tolerance import GRAPH_TOLERANCES, UNROUNDED, unrounded
 from hra_export.validation import decoding
 from hra_export.validation.candidates import GraphCandidate
@@ -57,6 +57,7 @@ class Trial:
     perplexity: Perplexity | None = None
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    operators: list[OperatorRun] = field(default_factory=list)
 
     def run(self, tell: Say) -> None:
         """Do it all, and keep what was measured."""
@@ -79,6 +80,7 @@ class Trial:
         ending = self._answers(graphs, [*(run for each in runs.values() for run in each), *spoken_runs, *scored_runs])
         if ending is None:
             return
+        self._take_operators(ending, "ONNX Runtime")
         alike = [run for each in runs.values() for run in each if not run.rows]
         start = self._start(graphs, alike, tell)
         for probe in probes:
@@ -189,7 +191,8 @@ class Trial:
 
     def _answers(self, graphs: Mapping[str, Path], runs: Sequence[Run], *, plain: bool = False) -> Ending | None:
         """What the runtime answers; None when it ended without, which is a finding."""
-        job = Job(graphs, self.question.provider, runs, {} if plain else self.case.files)
+        files, operator = {} if plain else self.case.files, self.question.operator
+        job = Job(graphs, self.question.provider, runs, files, operator=operator)
         ending = run_job(job, timeout=self.question.timeout)
         if ending.failure is not None:
             self.findings.append(self.case.label(ending.failure))
@@ -255,11 +258,13 @@ class Trial:
             adapters=self.case.files,
             genai=self.candidate.root,
             generations=decoding.generations(asked),
+            operator=self.question.operator,
         )
         ending = run_job(job, timeout=self.question.timeout)
         if ending.failure is not None:
             self.findings.append(self.case.label(ending.failure))
             return
+        self._take_operators(ending, "ONNX Runtime GenAI")
         answers = {each.name: decoding.with_end(ending.answers[each.name], each, ends) for each in asked}
         self._take_decodings(Ending(answers), asked, "ONNX Runtime GenAI")
 
@@ -271,8 +276,21 @@ class Trial:
             provider=self.question.provider,
             adapters=self.case.files,
             timeout=self.question.timeout,
+            operator=self.question.operator,
         )
         self.notes += notes
+
+    def _take_operators(self, ending: Ending, runtime: str) -> None:
+        """What ran the reflections of each graph that holds any."""
+        for role, told in ending.operators.items():
+            graph = self.candidate.graphs.get(role, self.candidate.main)
+            library = told["library"] if told["nodes"] else None
+            path, version = (None, None) if library is None else (library["path"], library["version"])
+            if graph.reflections:
+                nodes, reason = told["nodes"] or graph.reflections, told["reason"]
+                if library is None and not reason:
+                    reason = "the library that was registered took none"
+                self.operators.append(OperatorRun(runtime, graph.path.name, nodes, path, version, reason))
 
 
 def _batch(probe: GraphProbe) -> int:

@@ -12,11 +12,13 @@ from peft import HRAConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hra_export import kernels
 from hra_export.adapter import read_adapter
 from hra_export.attachment import attach
 from hra_export.errors import MismatchError, NumericalError, UnsupportedModelError
 from hra_export.householder import compact_wy, dense
-from hra_export.reflection import factor
+from hra_export.reflection import factor, reflect_rows
+from hra_export.training import layers
 from hra_export.training.layers import initial_vectors
 from hra_export.training.regularizer import orthogonality_penalty
 from hra_export.training.tuner import accelerate_peft, get_hra_model, load_hra_model
@@ -184,6 +186,29 @@ def test_each_row_of_a_batch_may_name_its_adapter() -> None:
     turns = [rotation(model, "other"), torch.eye(20), rotation(model), rotation(model, "other")]
     expected = [row.double() @ (weight @ turn.double()).T + bias for row, turn in zip(x, turns, strict=True)]
     close(got, torch.stack(expected))
+
+
+def test_rows_of_chains_of_one_rank_are_one_call_where_a_kernel_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, that is; the operator's plain version stands in for the kernel."""
+    model, x = adapted(nn.Linear(20, 6)), torch.randn(5, 3, 20)
+    model.add_adapter("other", HRAConfig(r=RANK, target_modules=["layer"], init_weights=False, apply_GS=True))
+    names = ["other", "__base__", "default", "other", "__base__"]
+    one_by_one, calls = model.eval()(x, adapter_names=names).detach(), []
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return reflect_rows(*arguments)
+
+    monkeypatch.setattr(layers, "reflect_rows", counted)
+    monkeypatch.setattr(kernels, "take", lambda x, rank: rank == RANK)
+    with torch.no_grad():
+        close(model(x, adapter_names=names), one_by_one)
+        assert len(calls) == 1
+        close(model(x, adapter_names=["__base__"] * 5), model.base_model.model.layer.base_layer(x))
+        model.add_adapter("smaller", HRAConfig(r=2, target_modules=["layer"], init_weights=False))
+        model(x, adapter_names=["smaller", *names[1:]])
+    model(x, adapter_names=names).sum().backward()  # with gradients, one after another
+    assert len(calls) == 1
 
 
 def test_rows_of_images_may_name_their_adapter() -> None:

@@ -1,0 +1,30 @@
+// The reflection on the CPU: vectors and threads.
+//
+// Limits: r · d and n · d of one member must be below 2⁶³ bytes; a group may have any number of members.
+#pragma once
+
+#include "cpu_kernels.h"
+#include "task.h"
+
+namespace hra {
+
+// Runs a task with the best instructions of this machine; sums are in float32, and results are rounded once.
+// They depend on the task and the instructions, to the bit; not on threads.
+//
+// `packed` holds the same U and V as `cpu::Pack` leaves them, or is null. It makes few rows faster, and changes nothing
+// else; a task with an index has none.
+//
+// Returns null, or what is wrong: an index that names no adapter, or no memory. Y may then hold anything.
+const char* ReflectOnCpu(const Task& task, const Parallel& parallel, const void* packed = nullptr);
+
+// The same with given instructions, which the machine must have.
+const char* ReflectOnCpuWith(const cpu::Instructions& instructions, const Task& task, const Parallel& parallel,
+                             const void* packed = nullptr);
+
+// `avx512`, `avx2` or `baseline`: what `ReflectOnCpu` uses here.
+const char* CpuInstructions();
+
+// The instructions of that name, or null where this machine or this build lacks them.
+const cpu::Instructions* FindInstructions(const char* name);
+
+}  // namespace hra
