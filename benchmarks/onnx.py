@@ -19,7 +19,7 @@ They take turns in one process, with bound inputs and one pool of threads. A pas
 they are loaded in another order: where weights come to lie in memory decides over some percent of a decoding step.
 "÷ merged" is the mean over passes of the ratio of medians, followed by the smallest and the largest. "floor" is what a
 native variant cannot fall below, by the bandwidth and peak that the run measures (`benchmarks/roofline.py`). Only a
-whole run is written to the results; a part of one prints its table.
+whole run is written to the results unasked; a part of one prints its table.
 
 An export is a whole command, start of Python included: `hra-export onnx --mode reflect --no-validate` with an adapter
 against transformers' exporter on the base alone, which writes a graph of the same inputs.
@@ -83,12 +83,14 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="beside the merged graph; all by default")
     parser.add_argument("--operator", type=Path, metavar="FILE", help="the library of the native variants")
     parser.add_argument("--skip-export", action="store_true")
+    parser.add_argument("--results", metavar="NAME", help="write results/NAME.json; `onnx` for a whole run")
     parser.add_argument("--quick", action="store_true", help="MiniLM, r = 8 and three variants, to see that it runs")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.ranks, arguments.models, arguments.rounds, arguments.passes = [8], ["minilm"], 2, 1
         arguments.variants = ["native-grouped", "auto", "output"]
     is_whole = not (arguments.variants or arguments.skip_export or len(arguments.models) < len(MODELS))
+    results = arguments.results or ("onnx" if is_whole else None)
     with work_folder(arguments.work) as work:
         library, reason = native_library(work, arguments.operator)
         rows, timings = measure_forms(arguments, work, library.path if library else None)
@@ -96,8 +98,8 @@ def main() -> None:
     rows += [row for name, each in exports.items() for row in _export_rows(name, each)]
     header = ["case", "r", "variant", "median", "÷ merged", "smallest", "largest", "floor", "bar"]
     data = {"operator": reason, "passes": timings, "exports": {name: as_data(each) for name, each in exports.items()}}
-    if is_whole:
-        report("onnx", header, rows, data)
+    if results:
+        report(results, header, rows, data)
     else:
         sys.stdout.write(as_table(header, rows))
     say(reason)
