@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cuda_operator import Member, Task
 from hra_export.graph.document import save_graph
 from hra_export.graph.grouped_operator import declare_used_
 from hra_export.graph.session import GraphSession
@@ -31,33 +32,6 @@ HALF_NAMES = {torch.float32: "float", torch.float16: "float16"}
 D = 264
 
 
-class _Member(ctypes.Structure):
-    """`hra::Member` of task.h."""
-
-    _fields_ = (
-        ("u", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("adapters", ctypes.c_int64),
-    )
-
-
-class _Task(ctypes.Structure):
-    """`hra::Task` of task.h."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("x", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("features", ctypes.c_int64),
-        ("index", ctypes.c_void_p),
-        ("rows_per_index", ctypes.c_int64),
-        ("members", ctypes.POINTER(_Member)),
-        ("count", ctypes.c_int64),
-    )
-
-
 @pytest.fixture(scope="module")
 def cuda_library() -> Path:
     """The operator library with CUDA kernels."""
@@ -68,7 +42,7 @@ def cuda_library() -> Path:
 def reflect(cuda_library: Path) -> Any:
     """`HraExportReflectOnCuda` of the library."""
     function: Any = ctypes.CDLL(str(cuda_library)).HraExportReflectOnCuda
-    function.restype, function.argtypes = ctypes.c_char_p, [ctypes.POINTER(_Task), ctypes.c_void_p]
+    function.restype, function.argtypes = ctypes.c_char_p, [ctypes.POINTER(Task), ctypes.c_void_p]
     return function
 
 
@@ -83,16 +57,16 @@ def operands(d: int, rank: int, dtype: torch.dtype, adapters: int, seed: int) ->
 def call(reflect: Any, x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], index: Tensor | None) -> list[Tensor]:
     """Y of every member, queued on torch's current stream."""
     outputs = [torch.full_like(x, torch.nan) for _ in pairs]
-    members = (_Member * len(pairs))(
+    members = (Member * len(pairs))(
         *(
-            _Member(u.data_ptr(), v.data_ptr(), y.data_ptr(), u.shape[-1], u.shape[0])
+            Member(u.data_ptr(), v.data_ptr(), y.data_ptr(), u.shape[-1], u.shape[0])
             for (u, v), y in zip(pairs, outputs, strict=True)
         )
     )
     per_entry = x.shape[0] if index is None else x.shape[0] // index.shape[0]
     pointer = None if index is None else index.data_ptr()
     kind = TYPES.index(x.dtype)
-    task = _Task(kind, x.data_ptr(), x.shape[0], x.shape[1], pointer, per_entry, members, len(pairs))
+    task = Task(kind, x.data_ptr(), x.shape[0], x.shape[1], pointer, per_entry, members, len(pairs))
     error = reflect(ctypes.byref(task), torch.cuda.current_stream().cuda_stream)
     assert error is None, error
     return outputs

@@ -130,6 +130,7 @@ class Call {
   OrtStatus* MakeMember(size_t i, Member member) {
     OrtValue* value = nullptr;
     OrtStatus* status = KernelGetOutput::Call(api_, context_, i, x_.shape, x_.rank, &value);
+    if (status == nullptr && value == nullptr) return Fail("an output is left out");
     if (status == nullptr) status = GetTensorMutableData::Call(api_, value, &member.y);
     members_[i] = member;
     return status;
