@@ -274,6 +274,36 @@ def test_constant_factors_are_those_of_their_session_while_others_come_and_go(
         del sessions[0], given[0], expected[0], session
 
 
+@pytest.mark.parametrize("name", ["HouseholderReflection", "HouseholderReflectionGroup3"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_constant_chains_are_right_and_read_without_v(
+    tmp_path: Path, native_library: Path, name: str, rows: int
+) -> None:
+    """V of a chain is M Uᵀ: few rows are multiplied by U, M and Uᵀ, which rounds otherwise than U and V."""
+    d = 200
+    rng = np.random.default_rng(rows)
+    feeds = random_feeds(name, FLOAT32, rng, shape=(1, rows, d), ranks=(8, 3, 32))
+    for label in [each for each in feeds if each[0] == "U"]:
+        u = feeds[label].astype(np.float64)
+        triangle = -2 * np.eye(u.shape[1]) + np.triu(rng.standard_normal((u.shape[1], u.shape[1])), 1)
+        feeds[label.replace("U", "V")] = (triangle @ u.T).astype(np.float32)
+    model = with_constants(
+        one_node_model(name, FLOAT32), {label: value for label, value in feeds.items() if label != "X"}
+    )
+    path = tmp_path / "chain.onnx"
+    ir.save(model, path)
+    got = GraphSession.open(path, operator=native_library).run({"X": feeds["X"]})
+    fed = GraphSession.open(saved(tmp_path, name), operator=native_library).run(feeds)
+    x = feeds["X"].astype(np.float64)
+    for (label, result), (wanted, _) in zip(got.items(), exact_outputs(feeds), strict=True):
+        u, v = (feeds[label.replace("Y", letter)].astype(np.float64) for letter in "UV")
+        largest = np.abs(x) + np.abs(x) @ np.abs(u) @ np.abs(v).max(axis=1, keepdims=True)
+        # d + 2 r + 8 roundings of terms that are at most 8 times V's largest, and M Uᵀ within 2⁻²⁰ of V.
+        allowed = ((d + 2 * u.shape[1] + 8) * 8 * UNIT[FLOAT32] + 2**-20) * largest
+        assert np.all(np.abs(result - wanted) <= allowed)
+        assert np.array_equal(result, fed[label]) == (rows > 12)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="where the mapped files are listed")
 def test_library_stays_when_a_runtime_closes_it(tmp_path: Path, native_library: Path) -> None:
     """Its operators are made once: loaded anew for every session, they would be made anew and the old ones lost."""

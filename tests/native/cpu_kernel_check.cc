@@ -9,9 +9,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "cpu_coefficients.h"
 #include "cpu_packing.h"
 #include "cpu_reflection.h"
 #include "task_case.h"
@@ -36,18 +38,24 @@ std::vector<const hra::cpu::Instructions*> AllInstructions() {
 
 // Sums of d, then of r + 1 terms in float32, in any order, are off by at most (terms + 1) · 2⁻²⁴ of the terms' sizes
 // (Higham, "Accuracy and Stability", 4.2); a result that is rounded to the type, by half a unit in its last place.
-double Tolerance(const Shape& shape, int64_t rank, const Case::Value& expected) {
-  const double sums = static_cast<double>(shape.features + rank + 4) * 0x1p-24 * expected.terms;
+//
+// With M in the place of V there are r more terms, of at most `kTerms` times the size of V's largest, and M Uᵀ is off.
+double Tolerance(const Shape& shape, int64_t rank, const Case::Value& expected, bool has_coefficients) {
+  const auto d = static_cast<double>(shape.features), r = static_cast<double>(rank);
+  const double sums = has_coefficients
+                          ? ((d + 2 * r + 8) * 0x1p-24 * hra::cpu::kTerms + hra::cpu::kResidual) * expected.most
+                          : (d + r + 4) * 0x1p-24 * expected.terms;
   if (shape.type == Type::kFloat32) return sums;
   return sums + std::fabs(expected.y) * std::ldexp(1.0, -BitsOf(shape.type)) +
          std::ldexp(1.0, LeastExponent(shape.type) - BitsOf(shape.type));
 }
 
-void CompareMember(Case& task, size_t member, const std::vector<Case::Value>& expected, const std::string& where) {
+void CompareMember(Case& task, size_t member, const std::vector<Case::Value>& expected, const std::string& where,
+                   bool has_coefficients = false) {
   const Shape& shape = task.GetShape();
   for (size_t i = 0; i < expected.size(); ++i) {
     const double got = Decode(shape.type, task.Y()[member].Get(), static_cast<int64_t>(i));
-    if (std::fabs(got - expected[i].y) <= Tolerance(shape, shape.ranks[member], expected[i])) continue;
+    if (std::fabs(got - expected[i].y) <= Tolerance(shape, shape.ranks[member], expected[i], has_coefficients)) continue;
     return Fail(where + ": member " + std::to_string(member) + ", element " + std::to_string(i) + ": expected " +
                 std::to_string(expected[i].y) + ", got " + std::to_string(got));
   }
@@ -59,20 +67,40 @@ std::vector<std::vector<char>> Outputs(Case& task) {
   return outputs;
 }
 
-// Packed factors give the same bits. Few rows read nothing else: U and V are not even there.
+// Packed factors give the same bits, or right ones where M is found: of float32 chains, and of those alone, unless r is
+// large. Few rows read nothing else: U and V are not even there.
 void CheckPacked(Case& task, const hra::cpu::Instructions& instructions, const std::vector<hra::Parallel>& pools,
-                 const std::vector<std::vector<char>>& expected, const std::string& where) {
+                 const std::vector<std::vector<Case::Value>>& expected, std::vector<std::vector<char>> first,
+                 const std::string& where) {
+  const Shape& shape = task.GetShape();
   hra::Task packed = task.Task();
-  Block memory(hra::cpu::PackedBytes(packed) / 4, 4);
-  hra::cpu::Pack(packed, memory.Get());
+  const hra::cpu::Packing packing(packed);
+  constexpr int64_t kLine = 64;
+  std::vector<char> memory(static_cast<size_t>(packing.Bytes() + kLine));
+  void* start = memory.data();
+  size_t space = memory.size();
+  std::align(kLine, static_cast<size_t>(packing.Bytes()), start, space);
+  const hra::cpu::PackedFactors factors = packing.To(start);
   std::vector<hra::Member> members(packed.members, packed.members + packed.count);
+  const bool is_few = packed.rows <= hra::cpu::kFewRows;
   for (hra::Member& member : members)
-    if (packed.rows <= hra::cpu::kFewRows) member.u = member.v = nullptr;
+    if (is_few) member.u = member.v = nullptr;
   packed.members = members.data();
   for (const hra::Parallel& pool : pools) {
     for (Block& y : task.Y()) y.Spoil();
-    const char* reason = hra::ReflectOnCpuWith(instructions, packed, pool, memory.Get());
-    if (reason != nullptr || expected != Outputs(task)) Fail(where + ": other bits with packed factors");
+    const char* reason = hra::ReflectOnCpuWith(instructions, packed, pool, is_few ? &factors : nullptr);
+    if (reason != nullptr) return Fail(where + " packed: " + reason);
+    const std::vector<std::vector<char>> got = Outputs(task);
+    for (size_t i = 0; i < members.size(); ++i) {
+      const int64_t rank = shape.ranks[i];
+      const bool has_coefficients = factors.members[i].m != nullptr;
+      const bool is_chain = shape.type == Type::kFloat32 && shape.is_chain && rank > 0 && 2 * rank <= shape.features;
+      if (has_coefficients != is_chain) Fail(where + (is_chain ? ": M is not found" : ": M is found where none is"));
+      if (!has_coefficients && got[i] != first[i]) Fail(where + ": other bits with packed factors");
+      if (has_coefficients && is_few) CompareMember(task, i, expected[i], where + " M", true);
+      if (has_coefficients && &pool != &pools[0] && got[i] != first[i]) Fail(where + ": M's bits depend on threads");
+    }
+    first = got;
   }
 }
 
@@ -97,7 +125,7 @@ void CheckShape(const Shape& shape, uint32_t seed, const std::vector<hra::Parall
       for (const Block& y : task.Y())
         if (!y.IsFrontKept()) Fail(where + ": wrote in front of Y");
     }
-    if (shape.adapters == 0) CheckPacked(task, *instructions, pools, first, where);
+    if (shape.adapters == 0) CheckPacked(task, *instructions, pools, expected, first, where);
   }
 }
 
@@ -115,6 +143,8 @@ std::vector<Shape> FixedShapes() {
     shapes.push_back({type, 6, 96, {8, 8, 8}, 4, 1});
     shapes.push_back({type, 60, 33, {4, 9}, 3, 15});
     shapes.push_back({type, 0, 33, {4}, 3, 0});
+    for (const int64_t rows : {1, 2, 12, 13})
+      for (const int64_t d : {64, 83, 576, 1700}) shapes.push_back({type, rows, d, {8, 0, 32, 3}, 0, 1, true});
   }
   return shapes;
 }
@@ -131,6 +161,8 @@ Shape RandomShape(std::mt19937* random) {
     shape.adapters = draw(1, 4);
     shape.rows_per_index = draw(1, 6);
     shape.rows = shape.rows_per_index * draw(1, 12);
+  } else {
+    shape.is_chain = draw(0, 1) == 0;
   }
   return shape;
 }
@@ -194,6 +226,60 @@ void CheckNanSpreads() {
       }
 }
 
+// A chain's U and V, (576, 8), in which each second vector is the one before it, and a little of another.
+struct Chain {
+  static constexpr int64_t kFeatures = 576, kRank = 8;
+  std::vector<float> u, v;
+
+  explicit Chain(double difference) : u(kFeatures * kRank), v(kFeatures * kRank) {
+    std::mt19937 random(6);
+    std::normal_distribution<double> normal(0, 1 / std::sqrt(static_cast<double>(kFeatures)));
+    std::vector<double> rows(kFeatures * kRank);  // of Uᵀ
+    for (int64_t i = 0; i < kRank; ++i)
+      for (int64_t k = 0; k < kFeatures; ++k) {
+        double& at = rows[i * kFeatures + k];
+        at = i % 2 == 0 ? normal(random) : rows[(i - 1) * kFeatures + k] + difference * normal(random);
+      }
+    for (int64_t i = 0; i < kRank; ++i) {
+      double length = 0;
+      for (int64_t k = 0; k < kFeatures; ++k) length += rows[i * kFeatures + k] * rows[i * kFeatures + k];
+      for (int64_t k = 0; k < kFeatures; ++k) rows[i * kFeatures + k] /= std::sqrt(length);
+    }
+    // I + U V = H_1 … H_8 with H_i = I − 2 u_i u_iᵀ: row i of V is −2 u_iᵀ H_(i+1) … H_8.
+    for (int64_t i = 0; i < kRank; ++i) {
+      std::vector<double> row(rows.begin() + i * kFeatures, rows.begin() + (i + 1) * kFeatures);
+      for (double& each : row) each *= -2;
+      for (int64_t j = i + 1; j < kRank; ++j) {
+        double dot = 0;
+        for (int64_t k = 0; k < kFeatures; ++k) dot += row[k] * rows[j * kFeatures + k];
+        for (int64_t k = 0; k < kFeatures; ++k) row[k] -= 2 * dot * rows[j * kFeatures + k];
+      }
+      for (int64_t k = 0; k < kFeatures; ++k) v[i * kFeatures + k] = static_cast<float>(row[k]);
+      for (int64_t k = 0; k < kFeatures; ++k) u[k * kRank + i] = static_cast<float>(rows[i * kFeatures + k]);
+    }
+  }
+
+  bool HasCoefficients() const { return !hra::cpu::Coefficients(u.data(), v.data(), kFeatures, kRank).empty(); }
+};
+
+// Chains have M, whatever their vectors; what is off by more than rounding has none.
+void CheckCoefficients() {
+  for (const double difference : {0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0}) {
+    if (!Chain(difference).HasCoefficients()) Fail("no M for pairs that differ by " + std::to_string(difference));
+  }
+  for (const float off : {4e-6F, 1.0F, INFINITY, NAN}) {
+    Chain chain(0.1);
+    chain.v[1000] += off * *std::max_element(chain.v.begin() + 576, chain.v.begin() + 1152);
+    if (chain.HasCoefficients()) Fail("M, and V is off by " + std::to_string(off));
+  }
+  Chain zeros(0.1);
+  for (int64_t k = 0; k < Chain::kFeatures; ++k) zeros.u[k * Chain::kRank + 7] = 0;
+  std::fill(zeros.v.begin(), zeros.v.end(), 0.0F);
+  if (!zeros.HasCoefficients()) Fail("no M for V = 0");
+  zeros.u[3] = NAN;
+  if (zeros.HasCoefficients()) Fail("M, and U has a NaN");
+}
+
 void CheckIndexRefused() {
   for (const int64_t wrong : {int64_t{-1}, int64_t{3}, INT64_MAX, INT64_MIN}) {
     Case task({Type::kFloat32, 6, 16, {4, 4}, 3, 2}, 5);
@@ -219,6 +305,7 @@ int main(int count, char** arguments) {
     for (const double nudge : {1.0, 0.5, 1.5, 2.0}) CheckRounding(type, nudge);
   }
   CheckNanSpreads();
+  CheckCoefficients();
   CheckIndexRefused();
   for (const auto* instructions : AllInstructions()) std::printf("%s ", instructions->name);
   std::printf("%u shapes\n", seed);

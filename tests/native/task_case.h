@@ -80,12 +80,14 @@ struct Shape {
   std::vector<int64_t> ranks;     // of the group's members
   int64_t adapters = 0;           // 0: no index
   int64_t rows_per_index = 1;
+  bool is_chain = false;          // V = M Uᵀ with a triangular M, as of a Householder chain
 
   std::string Text() const {
     const char* name = type == Type::kFloat32 ? "float32" : type == Type::kFloat16 ? "float16" : "bfloat16";
     std::string text = std::string(name) + " n=" + std::to_string(rows) + " d=" + std::to_string(features) + " r=";
     for (const int64_t rank : ranks) text += std::to_string(rank) + ",";
-    return text + " a=" + std::to_string(adapters) + " t=" + std::to_string(rows_per_index);
+    return text + " a=" + std::to_string(adapters) + " t=" + std::to_string(rows_per_index) +
+           (is_chain ? " chain" : "");
   }
 };
 
@@ -124,6 +126,7 @@ class Case {
       // Y is then about as large as X, and half of it comes from the factors.
       Fill(&u_.back(), adapters * d * rank, 1.0 / std::sqrt(static_cast<double>(d)));
       Fill(&v_.back(), adapters * d * rank, 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(rank, 1))));
+      if (shape.is_chain) FillChain(rank);
     }
     if (shape.adapters > 0) {
       for (int64_t i = 0; i * shape.rows_per_index < shape.rows; ++i) {
@@ -156,6 +159,7 @@ class Case {
   struct Value {
     double y;      // X + (X U) V
     double terms;  // |X| + (|X| |U|) |V|
+    double most;   // |X| + (|X| |U|) times the largest |V| of each row
   };
 
   // Of one member, (n, d).
@@ -166,9 +170,11 @@ class Case {
     const std::vector<double> u = Decoded(u_[member], factors), v = Decoded(v_[member], factors);
     std::vector<Value> values;
     std::vector<Value> t(static_cast<size_t>(rank));
+    std::vector<double> largest(v.size() / static_cast<size_t>(std::max<int64_t>(d, 1)));
+    for (size_t i = 0; i < v.size(); ++i) largest[i / d] = std::max(largest[i / d], std::fabs(v[i]));
     for (int64_t n = 0; n < shape_.rows; ++n) {
       const int64_t base = (index_.empty() ? 0 : index_[n / shape_.rows_per_index]) * d * rank;
-      for (auto& each : t) each = {0, 0};
+      for (auto& each : t) each = {0, 0, 0};
       for (int64_t k = 0; k < d; ++k)
         for (int64_t j = 0; j < rank; ++j) {
           const double product = x[n * d + k] * u[base + k * rank + j];
@@ -176,10 +182,11 @@ class Case {
           t[j].terms += std::fabs(product);
         }
       for (int64_t i = 0; i < d; ++i) {
-        Value value{x[n * d + i], std::fabs(x[n * d + i])};
+        Value value{x[n * d + i], std::fabs(x[n * d + i]), std::fabs(x[n * d + i])};
         for (int64_t j = 0; j < rank; ++j) {
           value.y += t[j].y * v[base + j * d + i];
           value.terms += t[j].terms * std::fabs(v[base + j * d + i]);
+          value.most += t[j].terms * largest[base / d + j];
         }
         values.push_back(value);
       }
@@ -188,6 +195,21 @@ class Case {
   }
 
  private:
+  // V of the last member: M Uᵀ, rounded once. M is the upper triangle of −2 on the diagonal, and beside it at random.
+  void FillChain(int64_t rank) {
+    const int64_t d = shape_.features;
+    const std::vector<double> u = Decoded(u_.back(), d * rank);
+    std::normal_distribution<double> normal;
+    for (int64_t i = 0; i < rank; ++i) {
+      std::vector<double> row(static_cast<size_t>(d));
+      for (int64_t j = i; j < rank; ++j) {
+        const double m = i == j ? -2 : normal(random_);
+        for (int64_t k = 0; k < d; ++k) row[k] += m * u[k * rank + j];
+      }
+      for (int64_t k = 0; k < d; ++k) Encode(shape_.type, Rounded(shape_.type, row[k]), v_.back().Get(), i * d + k);
+    }
+  }
+
   void Fill(Block* block, int64_t elements, double scale) {
     std::normal_distribution<double> normal(0.0, scale);
     for (int64_t i = 0; i < elements; ++i) {

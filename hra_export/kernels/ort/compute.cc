@@ -73,12 +73,15 @@ class Call {
       : kernel_(kernel), op_(kernel.op), api_(kernel.op.api), context_(context) {}
 
   OrtStatus* Run() {
+    // On their way while what the runtime knows of the node, as far from the caches, is read.
+    if (kernel_.packed.features > 0) cpu::Prefetch(kernel_.packed.members[0].u, 4 * cpu::kBlockBytes);
     OrtStatus* status = ReadX();
     if (status == nullptr && op_.has_rows) status = ReadIndex();
     // Packed factors are complete, and what describes them in the runtime is not touched: it is far from every cache.
-    packed_ = kernel_.features == task_.features && task_.rows <= cpu::kFewRows ? kernel_.packed : nullptr;
+    packed_ = kernel_.packed.features == task_.features && task_.rows <= cpu::kFewRows ? &kernel_.packed : nullptr;
     for (size_t i = 0; i < op_.members && status == nullptr; ++i) {
-      status = packed_ == nullptr ? ReadMember(i) : MakeMember(i, {nullptr, nullptr, nullptr, kernel_.ranks[i], 1});
+      status = packed_ == nullptr ? ReadMember(i)
+                                  : MakeMember(i, {nullptr, nullptr, nullptr, packed_->members[i].rank, 1});
     }
     return status == nullptr ? Launch() : status;
   }
@@ -186,7 +189,7 @@ class Call {
   Tensor x_;
   Task task_{};
   std::array<Member, kMaxMembers> members_;
-  const void* packed_ = nullptr;
+  const cpu::PackedFactors* packed_ = nullptr;
 };
 
 }  // namespace
@@ -217,13 +220,10 @@ OrtStatus* PackFactors(const OrtKernelInfo* info, Kernel* kernel) {
   task.features = d;
   task.members = members.data();
   task.count = static_cast<int64_t>(op.members);
-  const int64_t bytes = cpu::PackedBytes(task);
+  const cpu::Packing packing(task);
+  const int64_t bytes = packing.Bytes();
   void* to = bytes == 0 ? nullptr : kernel->memory.Reserve(static_cast<size_t>(bytes));
-  if (to == nullptr) return nullptr;  // nothing to pack, or no memory: they are read where they are
-  cpu::Pack(task, to);
-  kernel->packed = to;
-  kernel->features = d;
-  for (size_t i = 0; i < op.members; ++i) kernel->ranks[i] = members[i].rank;
+  if (to != nullptr) kernel->packed = packing.To(to);  // else nothing to pack, or no memory: they are read where they are
   return nullptr;
 }
 

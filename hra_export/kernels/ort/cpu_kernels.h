@@ -10,9 +10,13 @@
 
 namespace hra::cpu {
 
+constexpr int64_t kPackedColumns = 64;  // of a tile of packed factors
 constexpr int64_t kPanelColumns = 4;  // columns of U that are packed together
 constexpr int64_t kPanelDepth = 768;  // rows of U in a packed block; with it, what a block of X needs stays in L1
 constexpr int64_t kBlockBytes = 8192;  // how far ahead memory is asked for: bandwidth × latency, about doubled
+
+// To whole panels.
+constexpr int64_t PaddedRank(int64_t rank) { return (rank + kPanelColumns - 1) / kPanelColumns * kPanelColumns; }
 
 namespace {
 
@@ -39,6 +43,10 @@ struct Rows {
 struct Kernels {
   // T = X[:, begin:end] U[begin:end, :], (n, r) without gaps: for few rows, reads U once as it lies in memory.
   void (*project)(const Rows& rows, const void* u, int64_t rank, int64_t begin, int64_t end, float* t);
+
+  // The same of tiles of Uᵀ, the first of them at column `begin`. `sums` is room for n · PaddedRank(r) · lanes floats.
+  void (*project_tiles)(const Rows& rows, const void* tiles, int64_t rank, int64_t begin, int64_t end, float* sums,
+                        float* t);
 
   // Transposes U[begin:end, column:column + 4] into a panel of 4 · PaddedDepth(end − begin) floats: for every `lanes`
   // rows of U, those of its first column, of its second … Zeros stand where U has ended.

@@ -3,7 +3,7 @@
 // Rows that follow one another and have the same adapter are a segment. In two stages, with everybody waiting between,
 //
 //                 stage 1                                         stage 2
-//   few rows      a piece of d: partial sums of X U               some columns: T, then those of Y = X + T V
+//   few rows      a piece of d: partial sums of X U               the same columns: T, then those of Y = X + T V
 //   many rows     U of some columns and rows, transposed          some rows: T = X U, then Y = X + T V
 //
 // are run for every segment and member of the group. With few rows U and V are read once, from memory, and that is the
@@ -13,6 +13,7 @@
 // Letters: d features, r rank, n rows of X.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -30,8 +31,7 @@ struct Segment {
 
 // The pieces of one member, the same in every segment.
 struct Cut {
-  int64_t pieces, depth;       // few rows, stage 1: of d
-  int64_t strips, width;       // few rows, stage 2: of d
+  int64_t pieces, width;       // few rows: of d
   int64_t columns;             // r, padded to whole panels
   int64_t depths, panel_sets;  // many rows, stage 1
 };
@@ -44,7 +44,8 @@ struct Unit {
 
 class Plan {
  public:
-  Plan(const Task& task, const Instructions& instructions);
+  // `packed` may be null.
+  Plan(const Task& task, const Instructions& instructions, const PackedFactors* packed);
 
   // All of the task's segments; null or what is wrong with the index.
   const char* Read();
@@ -58,7 +59,7 @@ class Plan {
 
   bool IsFew(const Segment& segment) const { return segment.rows <= kFewRows; }
   const Cut& Of(int64_t member) const { return cuts_[member]; }
-  size_t Segments() const { return segments_.size(); }
+  size_t Segments() const { return count_; }
 
   int64_t Scratch() const { return scratch_; }            // floats of the numbered segments
   int64_t OwnScratch() const { return own_scratch_; }     // floats that each thread needs beside
@@ -78,12 +79,17 @@ class Plan {
  private:
   int64_t UnitsOf(int stage, const Segment& segment, int64_t member) const;
   int64_t FloatsOf(const Segment& segment, int64_t member) const;
+  bool HasCoefficients(int64_t member) const { return packed_ != nullptr && packed_->members[member].m != nullptr; }
 
   const Task& task_;
   const Instructions& instructions_;
-  std::vector<Cut> cuts_;
-  std::vector<Segment> segments_;
-  size_t begin_ = 0, end_ = 0;
+  const PackedFactors* const packed_;
+  std::array<Cut, kMaxMembers> cuts_;
+  // Without an index there is one segment, and no memory to ask for.
+  Segment single_;
+  std::vector<Segment> several_;
+  Segment* segments_ = &single_;
+  size_t count_ = 1, begin_ = 0, end_ = 0;
   int64_t units_[2] = {0, 0};
   int64_t scratch_ = 0, own_scratch_ = 0;
 };

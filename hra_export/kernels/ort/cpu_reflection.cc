@@ -2,7 +2,8 @@
 //
 // Each thread takes units of stage 1 until there are none, waits for those that others still have, and goes on with
 // stage 2: one call of `Parallel`. A unit that has been taken is being run, so that nobody waits for a thread that has
-// not started; all works with a single thread as well.
+// not started; all works with a single thread as well. Units stand in queues, and a thread begins with the same queue
+// in both stages: with few rows, what it has read in the first is still in its own cache.
 
 #include "cpu_reflection.h"
 
@@ -28,6 +29,8 @@ namespace {
 using cpu::Cut;
 using cpu::Instructions;
 using cpu::Kernels;
+using cpu::PackedFactors;
+using cpu::PackedMember;
 using cpu::Plan;
 using cpu::Rows;
 using cpu::Segment;
@@ -35,6 +38,7 @@ using cpu::Unit;
 
 constexpr int64_t kScratchLimit = 16 << 20;    // floats for the segments that share a call of `Parallel`
 constexpr int64_t kWorthAThread = 96 << 10;    // bytes: what is read in the time that a thread needs to come and go
+constexpr int64_t kQueues = 8;                 // at most; more threads share them
 constexpr size_t kCacheLine = 64;
 
 // Floats that start at a cache line; small ones are in the object itself.
@@ -69,132 +73,166 @@ void Pause() {
 class Round {
  public:
   Round(const Task& task, const Instructions& instructions, const Plan& plan, float* scratch, int64_t threads,
-        const void* packed)
+        const PackedFactors* packed)
       : task_(task),
         instructions_(instructions),
         kernels_(instructions.For(task.type)),
         plan_(plan),
         scratch_(scratch),
-        threads_(threads),
-        packed_(static_cast<const unsigned char*>(packed)) {}
+        queues_(std::min(threads, kQueues)),
+        packed_(packed) {}
 
   static void Work(void* self, size_t thread) { static_cast<Round*>(self)->Participate(static_cast<int64_t>(thread)); }
 
  private:
   void Participate(int64_t thread) {
-    const int64_t packs = plan_.Units(0), updates = plan_.Units(1);
-    for (int64_t i; (i = taken_[0].fetch_add(1, std::memory_order_relaxed)) < packs;) {
-      if (i < threads_) AskFor(i);
-      AskFor(i + threads_);
-      RunFirst(plan_.Find(0, i));
-      done_.fetch_add(1, std::memory_order_release);
-    }
-    int64_t i = taken_[1].fetch_add(1, std::memory_order_relaxed);
-    if (i >= updates) return;
-    for (int turns = 0; done_.load(std::memory_order_acquire) < packs; ++turns) {
+    float* own = scratch_ + plan_.Scratch() + thread * plan_.OwnScratch();
+    RunStage(0, thread, own);
+    for (int turns = 0; done_.load(std::memory_order_acquire) < plan_.Units(0); ++turns) {
       if (turns < 4096) {
         Pause();
       } else {
         std::this_thread::yield();
       }
     }
-    float* own = scratch_ + plan_.Scratch() + thread * plan_.OwnScratch();
-    for (; i < updates; i = taken_[1].fetch_add(1, std::memory_order_relaxed)) {
-      AskFor(packs + i + threads_);
-      RunSecond(plan_.Find(1, i), own);
+    RunStage(1, thread, own);
+  }
+
+  // Takes units until there are none: of a thread's own queue, then of the others. Queue q holds q, q + queues …
+  void RunStage(int stage, int64_t thread, float* own) {
+    const int64_t units = plan_.Units(stage);
+    for (int64_t turn = 0; turn < queues_; ++turn) {
+      const int64_t queue = (thread + turn) % queues_;
+      for (int64_t i; (i = queue + Take(stage, queue) * queues_) < units;) {
+        if (stage == 0 && i < queues_) AskFor(0, i);
+        const bool is_last = i + queues_ >= units;
+        is_last ? AskFor(stage + 1, queue) : AskFor(stage, i + queues_);
+        const Unit unit = plan_.Find(stage, i);
+        stage == 0 ? RunFirst(unit, own) : RunSecond(unit, own);
+        if (stage == 0) done_.fetch_add(1, std::memory_order_release);
+      }
     }
   }
 
-  // With few rows: asks for the start of U or V of a unit that this thread is likely to take, counted over both stages.
-  // The kernels ask for the rest.
-  void AskFor(int64_t unit) const {
-    const int stage = unit < plan_.Units(0) ? 0 : 1;
-    if (stage == 1) unit -= plan_.Units(0);
-    if (unit >= plan_.Units(stage)) return;
-    const Unit found = plan_.Find(stage, unit);
-    const Member& member = task_.members[found.member];
-    if (!plan_.IsFew(*found.segment) || member.rank == 0) return;
-    const Cut& cut = plan_.Of(found.member);
-    const int64_t d = task_.features, factor = found.segment->adapter * d * member.rank, size = cpu::SizeOf(task_.type);
-    if (stage == 0) {
-      const int64_t begin = found.piece * cut.depth, rows = std::min(d - begin, cut.depth);
-      const int64_t bytes = std::min(rows * member.rank * size, cpu::kBlockBytes);
-      cpu::Prefetch(At(UOf(found), begin * member.rank), bytes);
-      return;
-    }
-    const int64_t begin = found.piece * cut.width, columns = std::min(d - begin, cut.width);
-    if (packed_ != nullptr) {
-      cpu::Prefetch(TileOf(found.member, begin), std::min(columns * member.rank * size, cpu::kBlockBytes));
-      return;
-    }
-    const int64_t bytes = std::min(columns * size, std::max<int64_t>(256, cpu::kBlockBytes / member.rank));
-    for (int64_t j = 0; j < member.rank; ++j) cpu::Prefetch(At(member.v, factor + j * d + begin), bytes);
-  }
+  int64_t Take(int stage, int64_t queue) { return taken_[stage][queue].next.fetch_add(1, std::memory_order_relaxed); }
 
-  void RunFirst(const Unit& unit) {
+  // With few rows: asks for the start of U or V of a unit that this thread is likely to take. The kernels ask for the
+  // rest.
+  void AskFor(int stage, int64_t i) const {
+    if (stage > 1 || i >= plan_.Units(stage)) return;
+    const Unit unit = plan_.Find(stage, i);
     const Member& member = task_.members[unit.member];
-    const Cut& cut = plan_.Of(unit.member);
-    const int64_t d = task_.features;
-    float* to = scratch_ + plan_.ScratchOf(*unit.segment, unit.member);
-    if (plan_.IsFew(*unit.segment)) {
-      const int64_t begin = unit.piece * cut.depth;
-      kernels_.project(RowsOf(*unit.segment, 0, unit.segment->rows), UOf(unit), member.rank, begin,
-                       std::min(d, begin + cut.depth), to + unit.piece * unit.segment->rows * member.rank);
+    if (!plan_.IsFew(*unit.segment) || member.rank == 0) return;
+    const int64_t begin = BeginOf(unit), columns = EndOf(unit) - begin, size = cpu::SizeOf(task_.type);
+    const int64_t bytes = std::min(columns * member.rank * size, cpu::kBlockBytes);
+    const PackedMember* packed = PackedOf(unit.member);
+    if (stage == 0) {
+      cpu::Prefetch(At(UOf(unit), begin * member.rank), bytes);
+    } else if (packed == nullptr) {
+      const int64_t each = std::min(columns * size, std::max<int64_t>(256, cpu::kBlockBytes / member.rank));
+      for (int64_t j = 0; j < member.rank; ++j) cpu::Prefetch(At(VOf(unit), j * task_.features + begin), each);
+    } else if (packed->m == nullptr) {
+      cpu::Prefetch(At(packed->v, begin * member.rank), bytes);
+    }
+  }
+
+  void RunFirst(const Unit& unit, float* own) const {
+    const Member& member = task_.members[unit.member];
+    const Segment& segment = *unit.segment;
+    float* to = scratch_ + plan_.ScratchOf(segment, unit.member);
+    if (!plan_.IsFew(segment)) {
+      MakePanels(unit, to);
       return;
     }
-    const int64_t begin = unit.piece / cut.panel_sets * cpu::kPanelDepth, end = std::min(d, begin + cpu::kPanelDepth);
+    const Rows rows = RowsOf(segment, 0, segment.rows);
+    const int64_t begin = BeginOf(unit), end = EndOf(unit);
+    const PackedMember* packed = PackedOf(unit.member);
+    to += unit.piece * segment.rows * member.rank;
+    if (packed != nullptr && packed->m != nullptr) {
+      kernels_.project_tiles(rows, At(packed->u, begin * member.rank), member.rank, begin, end, own, to);
+    } else {
+      kernels_.project(rows, UOf(unit), member.rank, begin, end, to);
+    }
+  }
+
+  void MakePanels(const Unit& unit, float* panels) const {
+    const Cut& cut = plan_.Of(unit.member);
+    const int64_t begin = unit.piece / cut.panel_sets * cpu::kPanelDepth;
+    const int64_t end = std::min(task_.features, begin + cpu::kPanelDepth);
     const int64_t first = unit.piece % cut.panel_sets * Plan::kPanelSet * cpu::kPanelColumns;
     const int64_t last = std::min(cut.columns, first + Plan::kPanelSet * cpu::kPanelColumns);
     for (int64_t column = first; column < last; column += cpu::kPanelColumns) {
-      const void* u = At(member.u, unit.segment->adapter * d * member.rank);
-      kernels_.pack(u, member.rank, begin, end, column, PanelAt(to, cut, begin, end, column));
+      float* panel = PanelAt(panels, cut, begin, end, column);
+      kernels_.pack(UOf(unit), task_.members[unit.member].rank, begin, end, column, panel);
     }
   }
 
-  void RunSecond(const Unit& unit, float* own) {
-    const Member& member = task_.members[unit.member];
+  void RunSecond(const Unit& unit, float* own) const {
     const Segment& segment = *unit.segment;
-    const Cut& cut = plan_.Of(unit.member);
-    const bool is_few = plan_.IsFew(segment);
-    const int64_t d = task_.features, step = is_few ? cut.width : Plan::BlockRows(segment), begin = unit.piece * step;
-    // Of few rows some columns, of many some rows.
-    const Rows rows = is_few ? RowsOf(segment, 0, segment.rows)
-                             : RowsOf(segment, begin, std::min(step, segment.rows - begin));
-    const int64_t from = is_few ? begin : 0, to = is_few ? std::min(d, begin + step) : d;
-    const int64_t y = (segment.row + (is_few ? 0 : begin)) * d;
     float* scratch = scratch_ + plan_.ScratchOf(segment, unit.member);
-    const float* t = is_few ? Sum(scratch, cut.pieces, rows.count * member.rank, own)
-                            : Multiply(rows, scratch, cut, own);
-    void* out = const_cast<void*>(At(member.y, y));
-    if (is_few && packed_ != nullptr) {
-      UpdateByTiles(rows, t, unit.member, from, to, out);
-      return;
-    }
-    const void* v = At(member.v, segment.adapter * d * member.rank + from);
-    kernels_.update(rows, t, is_few ? member.rank : cut.columns, v, d, member.rank, from, to, out);
+    plan_.IsFew(segment) ? UpdateColumns(unit, scratch, own) : UpdateRows(unit, scratch, own);
   }
 
-  void UpdateByTiles(const Rows& rows, const float* t, int64_t member, int64_t begin, int64_t end, void* y) const {
-    const int64_t rank = task_.members[member].rank;
-    for (int64_t column = begin; column < end; column += cpu::kPackedColumns) {
+  // Few rows: the unit's columns of Y.
+  void UpdateColumns(const Unit& unit, const float* products, float* own) const {
+    const Segment& segment = *unit.segment;
+    const Rows rows = RowsOf(segment, 0, segment.rows);
+    const int64_t rank = task_.members[unit.member].rank, size = rows.count * rank;
+    const float* t = Sum(products, plan_.Of(unit.member).pieces, size, own);
+    void* y = const_cast<void*>(At(task_.members[unit.member].y, segment.row * task_.features));
+    const PackedMember* packed = PackedOf(unit.member);
+    if (packed == nullptr) {
+      const int64_t begin = BeginOf(unit);
+      kernels_.update(rows, t, rank, At(VOf(unit), begin), task_.features, rank, begin, EndOf(unit), y);
+    } else if (packed->m == nullptr) {
+      UpdateByTiles(rows, unit, t, packed->v, true, y);
+    } else {
+      kernels_.project({t, rows.count, rank}, packed->m, rank, 0, rank, own + size);  // T M, in float32
+      UpdateByTiles(rows, unit, own + size, packed->u, false, y);
+    }
+  }
+
+  void UpdateByTiles(const Rows& rows, const Unit& unit, const float* t, const unsigned char* tiles, bool is_new,
+                     void* y) const {
+    const int64_t rank = task_.members[unit.member].rank, end = EndOf(unit), size = cpu::SizeOf(task_.type);
+    for (int64_t column = BeginOf(unit); column < end; column += cpu::kPackedColumns) {
       const int64_t width = std::min(cpu::kPackedColumns, end - column);
-      const unsigned char* tile = TileOf(member, column);
+      const void* tile = At(tiles, column * rank);
       // What follows is a tile too, of this unit or of the next.
-      cpu::Prefetch(tile + cpu::kBlockBytes, width * rank * cpu::SizeOf(task_.type));
+      if (is_new) cpu::Prefetch(At(tile, cpu::kBlockBytes / size), width * rank * size);
       kernels_.update(rows, t, rank, tile, width, rank, column, column + width, y);
     }
   }
 
-  // U of few rows.
+  // Many rows: the unit's rows of Y.
+  void UpdateRows(const Unit& unit, float* panels, float* own) const {
+    const Segment& segment = *unit.segment;
+    const Member& member = task_.members[unit.member];
+    const Cut& cut = plan_.Of(unit.member);
+    const int64_t d = task_.features, step = Plan::BlockRows(segment), begin = unit.piece * step;
+    const Rows rows = RowsOf(segment, begin, std::min(step, segment.rows - begin));
+    const float* t = Multiply(rows, panels, cut, own);
+    void* y = const_cast<void*>(At(member.y, (segment.row + begin) * d));
+    kernels_.update(rows, t, cut.columns, VOf(unit), d, member.rank, 0, d, y);
+  }
+
+  // The columns of a unit of few rows.
+  int64_t BeginOf(const Unit& unit) const { return unit.piece * plan_.Of(unit.member).width; }
+  int64_t EndOf(const Unit& unit) const {
+    return std::min(task_.features, BeginOf(unit) + plan_.Of(unit.member).width);
+  }
+
+  const PackedMember* PackedOf(int64_t member) const { return packed_ == nullptr ? nullptr : &packed_->members[member]; }
+
+  // U and V of a unit's adapter; U may be packed, as it is or as tiles.
   const void* UOf(const Unit& unit) const {
-    if (packed_ != nullptr) return packed_ + cpu::PackedU(task_, unit.member);
+    if (packed_ != nullptr && plan_.IsFew(*unit.segment)) return packed_->members[unit.member].u;
     const Member& member = task_.members[unit.member];
     return At(member.u, unit.segment->adapter * task_.features * member.rank);
   }
-
-  // The packed tile of V that starts at a column.
-  const unsigned char* TileOf(int64_t member, int64_t column) const {
-    return packed_ + cpu::PackedV(task_, member) + column * task_.members[member].rank * cpu::SizeOf(task_.type);
+  const void* VOf(const Unit& unit) const {
+    const Member& member = task_.members[unit.member];
+    return At(member.v, unit.segment->adapter * task_.features * member.rank);
   }
 
   // The sum of the pieces' products, in their order.
@@ -235,15 +273,19 @@ class Round {
   const Kernels& kernels_;
   const Plan& plan_;
   float* const scratch_;
-  const int64_t threads_;
-  const unsigned char* const packed_;
+  const int64_t queues_;
+  const PackedFactors* const packed_;
   // Each in a cache line of its own: threads count here at the same time.
-  alignas(kCacheLine) std::atomic<int64_t> taken_[2] = {0, 0};
+  struct alignas(kCacheLine) Counter {
+    std::atomic<int64_t> next{0};
+  };
+  Counter taken_[2][kQueues];
   alignas(kCacheLine) std::atomic<int64_t> done_{0};
 };
 
-const char* Run(const Instructions& instructions, const Task& task, const Parallel& parallel, const void* packed) {
-  Plan plan(task, instructions);
+const char* Run(const Instructions& instructions, const Task& task, const Parallel& parallel,
+                const PackedFactors* packed) {
+  Plan plan(task, instructions, packed);
   if (const char* reason = plan.Read()) return reason;
   for (size_t segment = 0; segment < plan.Segments();) {
     segment = plan.Number(segment, kScratchLimit);
@@ -307,7 +349,7 @@ const Instructions* FindInstructions(const char* name) {
 }
 
 const char* ReflectOnCpuWith(const Instructions& instructions, const Task& task, const Parallel& parallel,
-                             const void* packed) {
+                             const PackedFactors* packed) {
   if (task.rows == 0 || task.features == 0 || task.count == 0) return nullptr;
   try {
     return Run(instructions, task, parallel, packed);
@@ -316,7 +358,7 @@ const char* ReflectOnCpuWith(const Instructions& instructions, const Task& task,
   }
 }
 
-const char* ReflectOnCpu(const Task& task, const Parallel& parallel, const void* packed) {
+const char* ReflectOnCpu(const Task& task, const Parallel& parallel, const PackedFactors* packed) {
   return ReflectOnCpuWith(Best(), task, parallel, packed);
 }
 

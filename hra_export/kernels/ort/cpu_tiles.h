@@ -86,6 +86,67 @@ struct Tiles {
     }
   }
 
+  // ---- The same of tiles of Uᵀ: vectors lie along d -------------------------------------------------------------
+
+  // All sums stay in L1, so that any rank is read as one stream.
+  static void ProjectTiles(const Rows& rows, const void* tiles, int64_t rank, int64_t begin, int64_t end, float* sums,
+                           float* t) {
+    const int64_t row_sums = PaddedRank(rank) * kLanes;
+    for (int64_t i = 0; i < rows.count * row_sums; ++i) sums[i] = 0;
+    const auto* tile = static_cast<const Element*>(tiles);
+    for (int64_t k = begin; k < end; k += kPackedColumns) {
+      const int64_t width = Least(kPackedColumns, end - k);
+      // Beyond `end` too: what follows is the next piece's.
+      Prefetch(reinterpret_cast<const char*>(tile) + kBlockBytes, width * rank * int64_t{sizeof(Element)});
+      for (int64_t i = 0; i < rows.count; ++i) {
+        const Element* x = static_cast<const Element*>(rows.x) + i * rows.features + k;
+        AddTile(x, tile, rank, width, sums + i * row_sums);
+      }
+      tile += width * rank;
+    }
+    for (int64_t i = 0; i < rows.count; ++i, sums += row_sums, t += rank) Total(sums, rank, t);
+  }
+
+  // sums[j] += x ∘ tile[j]
+  static void AddTile(const Element* x, const Element* tile, int64_t rank, int64_t width, float* sums) {
+    constexpr int64_t kWide = Simd::kTileVectors * kLanes;
+    int64_t column = 0;
+    for (; column + kWide <= width; column += kWide) {
+      AddColumns<Simd::kTileVectors, true>(x + column, tile + column, rank, width, sums, kLanes);
+    }
+    for (; column + kLanes <= width; column += kLanes) {
+      AddColumns<1, true>(x + column, tile + column, rank, width, sums, kLanes);
+    }
+    if (column < width) {
+      AddColumns<1, false>(x + column, tile + column, rank, width, sums, static_cast<int>(width - column));
+    }
+  }
+
+  template <int kVectors, bool kFull>
+  static void AddColumns(const Element* x, const Element* tile, int64_t rank, int64_t width, float* sums,
+                         int columns) {
+    Vec from[kVectors];
+    for (int c = 0; c < kVectors; ++c) from[c] = LoadColumns<kFull>(x + c * kLanes, columns);
+    for (int64_t j = 0; j < rank; ++j, tile += width, sums += kLanes) {
+      Vec sum = Simd::Load(sums);
+      for (int c = 0; c < kVectors; ++c) {
+        sum = Simd::MulAdd(from[c], LoadColumns<kFull>(tile + c * kLanes, columns), sum);
+      }
+      Simd::Store(sums, sum);
+    }
+  }
+
+  // t[j] = the sum of the lanes of sums[j]
+  static void Total(const float* sums, int64_t rank, float* t) {
+    for (int64_t j = 0; j < rank; j += kPanelColumns, sums += kPanelColumns * kLanes) {
+      Vec lanes[kPanelColumns];
+      for (int64_t c = 0; c < kPanelColumns; ++c) lanes[c] = Simd::Load(sums + c * kLanes);
+      float totals[kPanelColumns] = {};
+      Simd::AddSums(lanes, totals);
+      for (int64_t c = 0; c < Least(kPanelColumns, rank - j); ++c) t[j + c] = totals[c];
+    }
+  }
+
   // ---- T += X panel for many rows: vectors lie along d -----------------------------------------------------------
 
   static void Pack(const void* u, int64_t rank, int64_t begin, int64_t end, int64_t column, float* panel) {
@@ -216,7 +277,7 @@ struct Tiles {
       }
   }
 
-  static constexpr Kernels Table() { return {Project, Pack, Multiply, Update}; }
+  static constexpr Kernels Table() { return {Project, ProjectTiles, Pack, Multiply, Update}; }
 };
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 
+#include "cpu_packing.h"
 #include "factor_memory.h"
 #include "ort_abi.h"
 #include "task.h"
@@ -16,7 +17,6 @@
 namespace hra::ort {
 
 constexpr int kOperatorVersion = 1;
-constexpr size_t kMaxMembers = 8;
 
 enum class Provider { kCpu, kCuda };
 
@@ -36,9 +36,7 @@ struct Operator : OrtCustomOp {
 struct Kernel {
   const Operator& op;
   FactorMemory memory;
-  const void* packed = nullptr;  // its factors as `cpu::Pack` leaves them, if all of them are constants
-  int64_t features = -1;         // d and the ranks of packed factors
-  std::array<int64_t, kMaxMembers> ranks{};
+  cpu::PackedFactors packed{-1, {}};  // of d = -1 unless all factors are constants
 };
 
 // Packs a node's constant factors, for the CPU. Returns null or an error.

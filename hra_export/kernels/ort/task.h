@@ -8,6 +8,8 @@
 
 namespace hra {
 
+constexpr size_t kMaxMembers = 8;  // of a group in a graph
+
 enum class Type { kFloat32, kFloat16, kBFloat16 };
 
 // One (U, V) → Y. All pointers are to contiguous memory of the task's type.
