@@ -73,8 +73,6 @@ class Call {
       : kernel_(kernel), op_(kernel.op), api_(kernel.op.api), context_(context) {}
 
   OrtStatus* Run() {
-    // On their way while what the runtime knows of the node, as far from the caches, is read.
-    if (kernel_.packed.features > 0) cpu::Prefetch(kernel_.packed.members[0].u, 4 * cpu::kBlockBytes);
     OrtStatus* status = ReadX();
     if (status == nullptr && op_.has_rows) status = ReadIndex();
     // Packed factors are complete, and what describes them in the runtime is not touched: it is far from every cache.

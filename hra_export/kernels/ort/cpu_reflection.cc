@@ -222,7 +222,9 @@ class Round {
     return std::min(task_.features, BeginOf(unit) + plan_.Of(unit.member).width);
   }
 
-  const PackedMember* PackedOf(int64_t member) const { return packed_ == nullptr ? nullptr : &packed_->members[member]; }
+  const PackedMember* PackedOf(int64_t member) const {
+    return packed_ == nullptr ? nullptr : &packed_->members[member];
+  }
 
   // U and V of a unit's adapter; U may be packed, as it is or as tiles.
   const void* UOf(const Unit& unit) const {
