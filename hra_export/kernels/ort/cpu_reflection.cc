@@ -98,15 +98,14 @@ class Round {
     RunStage(1, thread, own);
   }
 
-  // Takes units until there are none: of a thread's own queue, then of the others. Queue q holds q, q + queues …
+  // Takes units until there are none: of a thread's own queue, then of the others. A queue is a range of units.
   void RunStage(int stage, int64_t thread, float* own) {
-    const int64_t units = plan_.Units(stage);
     for (int64_t turn = 0; turn < queues_; ++turn) {
-      const int64_t queue = (thread + turn) % queues_;
-      for (int64_t i; (i = queue + Take(stage, queue) * queues_) < units;) {
-        if (stage == 0 && i < queues_) AskFor(0, i);
-        const bool is_last = i + queues_ >= units;
-        is_last ? AskFor(stage + 1, queue) : AskFor(stage, i + queues_);
+      const int64_t queue = (thread + turn) % queues_, first = FirstOf(stage, queue), end = FirstOf(stage, queue + 1);
+      std::atomic<int64_t>& next = taken_[stage][queue].units;
+      for (int64_t i; (i = first + next.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        if (stage == 0 && i == first) AskFor(stage, i);
+        i + 1 < end ? AskFor(stage, i + 1) : AskFor(stage + 1, FirstOf(stage + 1, queue));
         const Unit unit = plan_.Find(stage, i);
         stage == 0 ? RunFirst(unit, own) : RunSecond(unit, own);
         if (stage == 0) done_.fetch_add(1, std::memory_order_release);
@@ -114,7 +113,7 @@ class Round {
     }
   }
 
-  int64_t Take(int stage, int64_t queue) { return taken_[stage][queue].next.fetch_add(1, std::memory_order_relaxed); }
+  int64_t FirstOf(int stage, int64_t queue) const { return stage > 1 ? 0 : plan_.Units(stage) * queue / queues_; }
 
   // With few rows: asks for the start of U or V of a unit that this thread is likely to take. The kernels ask for the
   // rest.
@@ -279,7 +278,7 @@ class Round {
   const PackedFactors* const packed_;
   // Each in a cache line of its own: threads count here at the same time.
   struct alignas(kCacheLine) Counter {
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> units{0};
   };
   Counter taken_[2][kQueues];
   alignas(kCacheLine) std::atomic<int64_t> done_{0};
