@@ -257,7 +257,7 @@ def _time_variants(
 
 
 def _floors(model: str, widths: Mapping[str, int], rank: int, threads: int) -> dict[str, float]:
-    """Case → the least seconds of all its reflections on this machine: U and V from memory, x and y in the caches."""
+    """Case → the least seconds of all its reflections on this machine: factors from memory, x and y in the caches."""
     import torch
 
     from benchmarks.ceilings import measured
@@ -267,12 +267,12 @@ def _floors(model: str, widths: Mapping[str, int], rank: int, threads: int) -> d
     torch.set_num_threads(threads or os.cpu_count() or 1)
     ceilings, dtype = measured(torch.device("cpu")), "float32"
     loads = {case.name: case.load.batch * case.load.tokens for case in CASES if case.model == model}
-    return {
-        name: sum(
-            ceilings.floor(operator(Shape(n, d, d, rank, dtype), rows_cached=True), dtype) for d in widths.values()
-        )
-        for name, n in loads.items()
-    }
+
+    def seconds(rows: int, width: int) -> float:
+        work = operator(Shape(rows, width, width, rank, dtype), rows_cached=True, constant=True)
+        return ceilings.floor(work, dtype)
+
+    return {name: sum(seconds(n, width) for width in widths.values()) for name, n in loads.items()}
 
 
 def _make_export_input(name: str, base: Path, adapter: Path) -> None:

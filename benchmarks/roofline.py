@@ -140,11 +140,19 @@ def factor(shape: Shape, chains: int) -> Work:
     return Work(moved, chains * (2 * d * r * r + r**3 / 3))
 
 
-def operator(shape: Shape, members: int = 1, *, rows_cached: bool = False) -> Work:
-    """The ONNX operator on the CPU or the GPU: one X, and U, V and Y of every member, in one kernel."""
+def operator(shape: Shape, members: int = 1, *, rows_cached: bool = False, constant: bool = False) -> Work:
+    """The ONNX operator on the CPU or the GPU: one X, and U, V and Y of every member, in one kernel.
+
+    Args:
+        shape: of every member.
+        members: of the group.
+        rows_cached: X and Y do not cross memory.
+        constant: of the float32 factors of a chain that the file holds, the CPU's kernel reads U and an (r, r) matrix.
+    """
     n, d, r = shape.rows, shape.features, shape.rank
     rows = 0 if rows_cached else (1 + members) * n * d
-    return Work(shape.item * (rows + members * 2 * d * r), members * 4 * n * d * r)
+    factors = d * r + r * r if constant else 2 * d * r
+    return Work(shape.item * (rows + members * factors), members * 4 * n * d * r)
 
 
 def operator_rows(shape: Shape, adapters: int, members: int = 1) -> Work:
