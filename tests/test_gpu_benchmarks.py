@@ -34,6 +34,8 @@ SHAPE = Shape(rows=3, features=5, outputs=7, rank=2, dtype="float16")
         (roofline.factor(SHAPE, 4), 4 * (40 + 20 + 16), 4 * (40 + 8 / 3), 1),
         # x, and U, V, Y of two
         (roofline.operator(SHAPE, 2), 2 * (15 + 2 * 35), 240, 1),
+        # U and an (r, r) matrix of two
+        (roofline.operator(SHAPE, 2, rows_cached=True, constant=True), 2 * 2 * (10 + 4), 240, 1),
         (roofline.operator_rows(Shape(2, 5, 7, 2), 1, 2), 2 * (10 + 20 + 40) + 16, 160, 1),
         (roofline.product(SHAPE), 2 * (15 + 35 + 21), 210, 1),
         (roofline.quantized_product(Shape(1, 64, 32, 2)), 2 * 96 + 1024 + 128, 4096, 1),

@@ -15,10 +15,10 @@ constexpr int64_t kPanelColumns = 4;  // columns of U that are packed together
 constexpr int64_t kPanelDepth = 768;  // rows of U in a packed block; with it, what a block of X needs stays in L1
 constexpr int64_t kBlockBytes = 8192;  // how far ahead memory is asked for: bandwidth × latency, about doubled
 
+namespace {
+
 // To whole panels.
 constexpr int64_t PaddedRank(int64_t rank) { return (rank + kPanelColumns - 1) / kPanelColumns * kPanelColumns; }
-
-namespace {
 
 // Asks for memory that is needed soon; addresses outside of what exists do no harm.
 inline void Prefetch(const void* first, int64_t bytes) {

@@ -46,6 +46,8 @@ class Plan {
  public:
   // `packed` may be null.
   Plan(const Task& task, const Instructions& instructions, const PackedFactors* packed);
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
 
   // All of the task's segments; null or what is wrong with the index.
   const char* Read();
