@@ -298,7 +298,8 @@ def test_constant_chains_are_right_and_read_without_v(
     for (label, result), (wanted, _) in zip(got.items(), exact_outputs(feeds), strict=True):
         u, v = (feeds[label.replace("Y", letter)].astype(np.float64) for letter in "UV")
         largest = np.abs(x) + np.abs(x) @ np.abs(u) @ np.abs(v).max(axis=1, keepdims=True)
-        # d + 2 r + 8 roundings of terms that are at most 8 times V's largest, and M Uᵀ within 2⁻²⁰ of V.
+        # d + 2 r + 8 roundings of terms that are at most 8 times V's largest, and M Uᵀ within 2⁻²⁰ of V: the limits of
+        # cpu_coefficients.h.
         allowed = ((d + 2 * u.shape[1] + 8) * 8 * UNIT[FLOAT32] + 2**-20) * largest
         assert np.all(np.abs(result - wanted) <= allowed)
         assert np.array_equal(result, fed[label]) == (rows > 12)

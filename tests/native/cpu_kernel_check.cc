@@ -67,6 +67,23 @@ std::vector<std::vector<char>> Outputs(Case& task) {
   return outputs;
 }
 
+// M Uᵀ is V within `kResidual`. The matrices are of float32.
+void CheckProduct(const void* u, const void* v, const float* m, int64_t d, int64_t r) {
+  for (int64_t i = 0; i < r; ++i) {
+    double largest = 0, off = 0;
+    for (int64_t k = 0; k < d; ++k) {
+      double sum = 0;
+      for (int64_t j = 0; j < r; ++j) sum += double{m[i * r + j]} * Decode(Type::kFloat32, u, k * r + j);
+      const double wanted = Decode(Type::kFloat32, v, i * d + k);
+      largest = std::max(largest, std::fabs(wanted));
+      off = std::max(off, std::fabs(sum - wanted));
+    }
+    if (!(off <= hra::cpu::kResidual * largest)) {
+      return Fail("row " + std::to_string(i) + " of M times U is off by " + std::to_string(off / largest));
+    }
+  }
+}
+
 // Packed factors give the same bits, or right ones where M is found: of float32 chains, and of those alone, unless r is
 // large. Few rows read nothing else: U and V are not even there.
 void CheckPacked(Case& task, const hra::cpu::Instructions& instructions, const std::vector<hra::Parallel>& pools,
@@ -88,14 +105,15 @@ void CheckPacked(Case& task, const hra::cpu::Instructions& instructions, const s
   packed.members = members.data();
   for (const hra::Parallel& pool : pools) {
     for (Block& y : task.Y()) y.Spoil();
-    const char* reason = hra::ReflectOnCpuWith(instructions, packed, pool, is_few ? &factors : nullptr);
+    const char* reason = hra::ReflectOnCpuWith(instructions, packed, pool, &factors);
     if (reason != nullptr) return Fail(where + " packed: " + reason);
     const std::vector<std::vector<char>> got = Outputs(task);
     for (size_t i = 0; i < members.size(); ++i) {
       const int64_t rank = shape.ranks[i];
       const bool has_coefficients = factors.members[i].m != nullptr;
-      const bool is_chain = shape.type == Type::kFloat32 && shape.is_chain && rank > 0 && 2 * rank <= shape.features;
+      const bool is_chain = shape.type == Type::kFloat32 && shape.is_chain && rank > 0 && 4 * rank <= shape.features;
       if (has_coefficients != is_chain) Fail(where + (is_chain ? ": M is not found" : ": M is found where none is"));
+      if (has_coefficients) CheckProduct(task.U()[i].Get(), task.V()[i].Get(), factors.members[i].m, shape.features, rank);
       if (!has_coefficients && got[i] != first[i]) Fail(where + ": other bits with packed factors");
       if (has_coefficients && is_few) CompareMember(task, i, expected[i], where + " M", true);
       if (has_coefficients && &pool != &pools[0] && got[i] != first[i]) Fail(where + ": M's bits depend on threads");
@@ -145,6 +163,7 @@ std::vector<Shape> FixedShapes() {
     shapes.push_back({type, 0, 33, {4}, 3, 0});
     for (const int64_t rows : {1, 2, 12, 13})
       for (const int64_t d : {64, 83, 576, 1700}) shapes.push_back({type, rows, d, {8, 0, 32, 3}, 0, 1, true});
+    shapes.push_back({type, 12, 150, {19}, 0, 1, true});  // a rank that is padded, and little else
   }
   return shapes;
 }
@@ -226,19 +245,20 @@ void CheckNanSpreads() {
       }
 }
 
-// A chain's U and V, (576, 8), in which each second vector is the one before it, and a little of another.
+// A chain's U and V, (576, 8), in which `equal` vectors that follow one another are the first of them, and a little of
+// another.
 struct Chain {
   static constexpr int64_t kFeatures = 576, kRank = 8;
   std::vector<float> u, v;
 
-  explicit Chain(double difference) : u(kFeatures * kRank), v(kFeatures * kRank) {
+  explicit Chain(double difference, int64_t equal = 2) : u(kFeatures * kRank), v(kFeatures * kRank) {
     std::mt19937 random(6);
     std::normal_distribution<double> normal(0, 1 / std::sqrt(static_cast<double>(kFeatures)));
     std::vector<double> rows(kFeatures * kRank);  // of Uᵀ
     for (int64_t i = 0; i < kRank; ++i)
       for (int64_t k = 0; k < kFeatures; ++k) {
         double& at = rows[i * kFeatures + k];
-        at = i % 2 == 0 ? normal(random) : rows[(i - 1) * kFeatures + k] + difference * normal(random);
+        at = i % equal == 0 ? normal(random) : rows[(i - 1) * kFeatures + k] + difference * normal(random);
       }
     for (int64_t i = 0; i < kRank; ++i) {
       double length = 0;
@@ -259,14 +279,19 @@ struct Chain {
     }
   }
 
-  bool HasCoefficients() const { return !hra::cpu::Coefficients(u.data(), v.data(), kFeatures, kRank).empty(); }
+  bool HasCoefficients() const {
+    const std::vector<float> m = hra::cpu::Coefficients(u.data(), v.data(), kFeatures, kRank);
+    if (!m.empty()) CheckProduct(u.data(), v.data(), m.data(), kFeatures, kRank);
+    return !m.empty();
+  }
 };
 
-// Chains have M, whatever their vectors; what is off by more than rounding has none.
+// Chains of pairs have M, however near; those whose sums cancel and what is off by more than rounding have none.
 void CheckCoefficients() {
   for (const double difference : {0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0}) {
     if (!Chain(difference).HasCoefficients()) Fail("no M for pairs that differ by " + std::to_string(difference));
   }
+  if (Chain(0.1, Chain::kRank).HasCoefficients()) Fail("M of terms that cancel");
   for (const float off : {4e-6F, 1.0F, INFINITY, NAN}) {
     Chain chain(0.1);
     chain.v[1000] += off * *std::max_element(chain.v.begin() + 576, chain.v.begin() + 1152);
@@ -295,7 +320,7 @@ void CheckIndexRefused() {
 int main(int count, char** arguments) {
   using namespace check;
   Pool one(1), two(2), four(4);
-  const std::vector<hra::Parallel> pools{OneAfterTheOther(3), one.Parallel(), two.Parallel(), four.Parallel()};
+  const std::vector<hra::Parallel> pools{OneAfterTheOther(16), one.Parallel(), two.Parallel(), four.Parallel()};
   uint32_t seed = 0;
   for (const Shape& shape : FixedShapes()) CheckShape(shape, ++seed, pools);
   std::mt19937 random(20240517);

@@ -3,6 +3,7 @@
 // Letters: d features, r rank, a adapters, b entries of the index, t rows of X for each entry.
 
 #include <algorithm>
+#include <new>
 #include <string>
 #include <thread>
 
@@ -218,10 +219,13 @@ OrtStatus* PackFactors(const OrtKernelInfo* info, Kernel* kernel) {
   task.features = d;
   task.members = members.data();
   task.count = static_cast<int64_t>(op.members);
-  const cpu::Packing packing(task);
-  const int64_t bytes = packing.Bytes();
-  void* to = bytes == 0 ? nullptr : kernel->memory.Reserve(static_cast<size_t>(bytes));
-  if (to != nullptr) kernel->packed = packing.To(to);  // else nothing to pack, or no memory: they are read where they are
+  try {
+    const cpu::Packing packing(task);
+    const int64_t bytes = packing.Bytes();
+    void* to = bytes == 0 ? nullptr : kernel->memory.Reserve(static_cast<size_t>(bytes));
+    if (to != nullptr) kernel->packed = packing.To(to);
+  } catch (const std::bad_alloc&) {  // they are read where they are
+  }
   return nullptr;
 }
 

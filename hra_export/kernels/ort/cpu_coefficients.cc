@@ -13,7 +13,7 @@ constexpr double kRidge = 0x1p-44;  // of the squares of U's columns: a bias of 
 
 using Matrix = std::vector<double>;  // (r, r), by rows
 
-// UᵀU and V U. The inner loops are over neighbours in memory.
+// UᵀU, its lower half, and V U. The inner loops are over neighbours in memory.
 void Products(const float* u, const float* v, int64_t d, int64_t r, Matrix* gram, Matrix* product) {
   std::vector<double> row(static_cast<size_t>(r));
   for (int64_t k = 0; k < d; ++k) {
@@ -22,7 +22,7 @@ void Products(const float* u, const float* v, int64_t d, int64_t r, Matrix* gram
       const double left = row[i], right = v[i * d + k];
       double* g = gram->data() + i * r;
       double* p = product->data() + i * r;
-      for (int64_t j = 0; j < r; ++j) g[j] += left * row[j];
+      for (int64_t j = 0; j <= i; ++j) g[j] += left * row[j];
       for (int64_t j = 0; j < r; ++j) p[j] += right * row[j];
     }
   }
@@ -85,7 +85,7 @@ bool Holds(const std::vector<float>& m, const float* u, const float* v, int64_t 
 }  // namespace
 
 std::vector<float> Coefficients(const float* u, const float* v, int64_t d, int64_t r) {
-  if (r == 0 || 2 * r > d) return {};
+  if (r == 0 || r > kLargestRank || kLeastFeaturesPerRank * r > d) return {};
   Matrix gram(static_cast<size_t>(r * r)), product(gram.size());
   Products(u, v, d, r, &gram, &product);
   for (int64_t i = 0; i < r; ++i) {

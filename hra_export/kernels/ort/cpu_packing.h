@@ -2,7 +2,7 @@
 //
 //     U_1 … U_k, then V_1 … V_k in tiles: r rows of 64 columns (the last tile has what is left), and so on
 //
-// Where V_i = M_i U_iᵀ, as for every Householder chain, U_iᵀ stands in tiles in the place of U_i and M_i in that of V_i:
+// Where V_i = M_i U_iᵀ is found to hold, as of nearly every Householder chain, U_iᵀ stands in tiles in the place of U_i and M_i in that of V_i:
 // half of the bytes. They come from memory, and that is the time it takes. In half precision V is rounded too much for
 // that.
 //

@@ -118,7 +118,7 @@ class Round {
   // With few rows: asks for the start of U or V of a unit that this thread is likely to take. The kernels ask for the
   // rest.
   void AskFor(int stage, int64_t i) const {
-    if (stage > 1 || i >= plan_.Units(stage)) return;
+    if (stage > 1) return;
     const Unit unit = plan_.Find(stage, i);
     const Member& member = task_.members[unit.member];
     if (!plan_.IsFew(*unit.segment) || member.rank == 0) return;
@@ -198,7 +198,7 @@ class Round {
       const int64_t width = std::min(cpu::kPackedColumns, end - column);
       const void* tile = At(tiles, column * rank);
       // What follows is a tile too, of this unit or of the next.
-      if (is_new) cpu::Prefetch(At(tile, cpu::kBlockBytes / size), width * rank * size);
+      if (is_new && rank > 0) cpu::Prefetch(At(tile, cpu::kBlockBytes / size), width * rank * size);
       kernels_.update(rows, t, rank, tile, width, rank, column, column + width, y);
     }
   }
@@ -227,7 +227,7 @@ class Round {
 
   // U and V of a unit's adapter; U may be packed, as it is or as tiles.
   const void* UOf(const Unit& unit) const {
-    if (packed_ != nullptr && plan_.IsFew(*unit.segment)) return packed_->members[unit.member].u;
+    if (packed_ != nullptr) return packed_->members[unit.member].u;
     const Member& member = task_.members[unit.member];
     return At(member.u, unit.segment->adapter * task_.features * member.rank);
   }
@@ -286,6 +286,7 @@ class Round {
 
 const char* Run(const Instructions& instructions, const Task& task, const Parallel& parallel,
                 const PackedFactors* packed) {
+  if (task.rows > cpu::kFewRows) packed = nullptr;
   Plan plan(task, instructions, packed);
   if (const char* reason = plan.Read()) return reason;
   for (size_t segment = 0; segment < plan.Segments();) {

@@ -13,7 +13,8 @@ namespace hra {
 // They depend on the task and the instructions, to the bit; not on threads.
 //
 // `packed` is null, or the same U and V packed: few rows are read from there, faster, and many rows from U and V. Where
-// V has become M Uᵀ, Y's last bits are others than without; its error is bounded alike. Only for a task without index.
+// V has become M Uᵀ, Y's last bits are others than without, and its error is of the same size (for the bound, see
+// cpu_coefficients.h). Only for a task without index.
 //
 // Returns null, or what is wrong: an index that names no adapter, or no memory. Y may then hold anything.
 const char* ReflectOnCpu(const Task& task, const Parallel& parallel,

@@ -88,7 +88,7 @@ struct Tiles {
 
   // ---- The same of tiles of Uᵀ: vectors lie along d -------------------------------------------------------------
 
-  // All sums stay in L1, so that any rank is read as one stream.
+  // Sums are in memory, in L1 for few rows at usual ranks, so that any rank is read as one stream.
   static void ProjectTiles(const Rows& rows, const void* tiles, int64_t rank, int64_t begin, int64_t end, float* sums,
                            float* t) {
     const int64_t row_sums = PaddedRank(rank) * kLanes;

@@ -1,6 +1,6 @@
 // Memory for the packed factors of all nodes of this process.
 //
-// A step of decoding reads every U and V once, from memory. Where a session has them they lie scattered over a mapped
+// A step of decoding reads every factor once, from memory. Where a session has them they lie scattered over a mapped
 // file, and each page of 4 kB costs a walk through tables that are not in the cache either. Here those of all nodes
 // follow one another, in the order of the graph and in pages of 2 MB where the system has them: 33 GB/s instead of
 // 26 GB/s on one core (Zen 5, virtual machine).
