@@ -123,12 +123,12 @@ def test_rows_hold_grouped_native_kernels_to_their_bars(case: str, rank: int, ve
     assert [row[-2:] for row in rows] == [["", ""], ["1.020", ""], ["1.020", verdict]]
 
 
-def test_floor_of_decoding_is_the_bytes_of_u_and_v(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floor_of_decoding_is_the_bytes_of_u_and_m(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sites of 576 and 1536 columns at r = 8, in float32."""
     machine = Machine("toy", 1e6, {"float32": 1e12})
     monkeypatch.setattr(ceilings, "measured", lambda device: machine)
     floors = onnx_benchmark._floors("smollm2", {"q": 576, "down": 1536}, 8, torch.get_num_threads())
-    assert floors["smollm2 decode at 128, batch 1"] == pytest.approx(4 * 2 * 8 * (576 + 1536) / 1e6)
+    assert floors["smollm2 decode at 128, batch 1"] == pytest.approx(4 * 8 * (576 + 8 + 1536 + 8) / 1e6)
 
 
 @pytest.mark.parametrize("precision", onnx_gpu.PRECISIONS)

@@ -55,7 +55,8 @@ void CompareMember(Case& task, size_t member, const std::vector<Case::Value>& ex
   const Shape& shape = task.GetShape();
   for (size_t i = 0; i < expected.size(); ++i) {
     const double got = Decode(shape.type, task.Y()[member].Get(), static_cast<int64_t>(i));
-    if (std::fabs(got - expected[i].y) <= Tolerance(shape, shape.ranks[member], expected[i], has_coefficients)) continue;
+    const double tolerance = Tolerance(shape, shape.ranks[member], expected[i], has_coefficients);
+    if (std::fabs(got - expected[i].y) <= tolerance) continue;
     return Fail(where + ": member " + std::to_string(member) + ", element " + std::to_string(i) + ": expected " +
                 std::to_string(expected[i].y) + ", got " + std::to_string(got));
   }
@@ -113,7 +114,8 @@ void CheckPacked(Case& task, const hra::cpu::Instructions& instructions, const s
       const bool has_coefficients = factors.members[i].m != nullptr;
       const bool is_chain = shape.type == Type::kFloat32 && shape.is_chain && rank > 0 && 4 * rank <= shape.features;
       if (has_coefficients != is_chain) Fail(where + (is_chain ? ": M is not found" : ": M is found where none is"));
-      if (has_coefficients) CheckProduct(task.U()[i].Get(), task.V()[i].Get(), factors.members[i].m, shape.features, rank);
+      const float* m = factors.members[i].m;
+      if (has_coefficients) CheckProduct(task.U()[i].Get(), task.V()[i].Get(), m, shape.features, rank);
       if (!has_coefficients && got[i] != first[i]) Fail(where + ": other bits with packed factors");
       if (has_coefficients && is_few) CompareMember(task, i, expected[i], where + " M", true);
       if (has_coefficients && &pool != &pools[0] && got[i] != first[i]) Fail(where + ": M's bits depend on threads");

@@ -2,12 +2,12 @@
 //
 //     U_1 … U_k, then V_1 … V_k in tiles: r rows of 64 columns (the last tile has what is left), and so on
 //
-// Where V_i = M_i U_iᵀ is found to hold, as of nearly every Householder chain, U_iᵀ stands in tiles in the place of U_i and M_i in that of V_i:
-// half of the bytes. They come from memory, and that is the time it takes. In half precision V is rounded too much for
-// that.
+// Where V_i = M_i U_iᵀ is found to hold, as of nearly every Householder chain, U_iᵀ stands in tiles in the place of U_i
+// and M_i in that of V_i: half of the bytes. They come from memory, and that is the time it takes. In half precision V
+// is rounded too much for that.
 //
-// Read where they are, V is r streams that end after d elements: 21 GB/s instead of 33 GB/s on one core (Zen 5, d = 576,
-// r = 8). Every factor starts at a cache line.
+// Read where they are, V is r streams that end after d elements: 21 GB/s instead of 33 GB/s on one core (Zen 5,
+// d = 576, r = 8). Every factor starts at a cache line.
 //
 // Letters: d features, r rank, k members.
 #pragma once

@@ -103,7 +103,8 @@ int64_t Plan::Work() const {
   int64_t bytes = 0;
   for (size_t s = begin_; s < end_; ++s) {
     for (int64_t i = 0; i < task_.count; ++i) {
-      const int64_t factors = (HasCoefficients(i) ? 1 : 2) * task_.members[i].rank * task_.features * SizeOf(task_.type);
+      const int64_t factor = task_.members[i].rank * task_.features * SizeOf(task_.type);
+      const int64_t factors = HasCoefficients(i) ? factor : 2 * factor;
       // A tile of rows does as much arithmetic as reading the factors once from memory takes time.
       bytes += factors * Pieces(segments_[s].rows, kBlockRows / 2) + segments_[s].rows * task_.features * 2;
     }
