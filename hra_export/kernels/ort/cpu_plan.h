@@ -8,8 +8,8 @@
 //   many rows     U of some columns and rows, transposed          some rows: T = X U, then Y = X + T V
 //
 // are run for every segment and member of the group. With few rows U and V are read once, from memory, and that is the
-// time it takes (with M it is U alone, and stage 2 finds it in the cache); with many it is arithmetic. The cut depends on
-// shapes only, never on threads: so do all results, to the bit.
+// time it takes (with M it is U alone, and stage 2 finds it in the cache); with many it is arithmetic. The cut depends
+// on shapes only, never on threads: so do all results, to the bit.
 //
 // Letters: d features, r rank, n rows of X.
 #pragma once
