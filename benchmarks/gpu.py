@@ -135,7 +135,7 @@ def run_part(part: Part, environment: Mapping[str, str], *, checks: bool) -> str
         (harness.RESULTS / f"{part.name}.json").unlink(missing_ok=True)  # what is there afterwards is of this run
     command = [sys.executable, "-m", f"benchmarks.{part.name}", *arguments]
     # Its own table goes to stderr: there is one on stdout, at the end.
-    with subprocess.Popen(command, env=dict(environment), stdout=2) as process:
+    with subprocess.Popen(command, env=dict(environment), stdout=2, preexec_fn=_take_interrupts) as process:
         for stop, seconds in ((signal.SIGINT, part.limit), (signal.SIGKILL, GRACE_SECONDS)):
             try:
                 code = process.wait(seconds)
@@ -145,6 +145,11 @@ def run_part(part: Part, environment: Mapping[str, str], *, checks: bool) -> str
         else:
             return f"failed: killed after {part.limit + GRACE_SECONDS} s"
     return "done" if code == 0 else f"failed with {code}"
+
+
+def _take_interrupts() -> None:
+    """A shell's background job ignores interrupts, and what it starts would do so too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def results(name: str) -> dict[str, Any]:

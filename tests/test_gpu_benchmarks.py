@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,10 +161,17 @@ def test_gpu_part_tells_how_it_ended(code: str, state: str, tmp_path: Path, monk
     assert not (tmp_path / "toy.json").exists()  # of an earlier run
 
 
-def test_gpu_part_that_takes_too_long_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ignored", [False, True], ids=["foreground", "background"])
+def test_gpu_part_that_takes_too_long_is_interrupted(
+    ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = "import time\ntry:\n    time.sleep(60)\nfinally:\n    open('toy.json', 'w').write('{\"table\": []}')"
-    toy = part(code, tmp_path, monkeypatch, limit=8)  # it has started by then, on a busy machine too
-    assert gpu.run_part(toy, {}, checks=False).startswith("failed with")
+    toy = part(code, tmp_path, monkeypatch, limit=3)
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        assert gpu.run_part(toy, {}, checks=False).startswith("failed with")
+    finally:
+        signal.signal(signal.SIGINT, old)
     assert gpu.results("toy") == {"table": []}
 
 

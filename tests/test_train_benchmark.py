@@ -303,6 +303,7 @@ def test_gpu_cases_are_reported_with_those_left_out(toy_results: Path, monkeypat
     """The clock stands at 0, 1, 2 s when the first, second and third case could begin."""
     clock = SimpleNamespace(monotonic=iter([0.0, 0.0, 1.0, 2.0]).__next__, perf_counter=time.perf_counter)
     monkeypatch.setattr(train_gpu, "time", clock)
+    monkeypatch.setattr(train_gpu, "measure", lambda *_: {"ours": train_gpu.Figures(1, seconds=[1.0])})
     chosen = [train_gpu.Case(size, "qv") for size in ("1B", "3B", "8B")]
     assert train_gpu.run_cases(chosen, torch.device("cpu"), rounds=1, budget=1.5) == 0
     results = json.loads(toy_results.read_text())
