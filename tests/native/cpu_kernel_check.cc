@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu_coefficients.h"
+#include "cpu_instructions.h"
 #include "cpu_packing.h"
 #include "cpu_reflection.h"
 #include "task_case.h"
@@ -32,7 +33,7 @@ void Fail(const std::string& what) {
 std::vector<const hra::cpu::Instructions*> AllInstructions() {
   std::vector<const hra::cpu::Instructions*> all;
   for (const char* name : {"avx512", "avx2", "baseline"})
-    if (const auto* found = hra::FindInstructions(name)) all.push_back(found);
+    if (const auto* found = hra::cpu::FindInstructions(name)) all.push_back(found);
   return all;
 }
 

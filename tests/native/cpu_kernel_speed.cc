@@ -13,6 +13,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu_instructions.h"
 #include "cpu_reflection.h"
 #include "threads.h"
 
@@ -119,7 +120,7 @@ int main(int count, char** arguments) {
   check::Pool pool(threads);
   std::vector<float> factors(size_t{64} << 20, 0.0f);
   const double read = ReadBandwidth(pool.Parallel(), factors, budget);
-  std::printf("%s, %d threads; read %.1f GB/s\n", hra::CpuInstructions(), threads, read * 1e-9);
+  std::printf("%s, %d threads; read %.1f GB/s\n", hra::cpu::BestInstructions().name, threads, read * 1e-9);
   for (const Type type : {Type::kFloat32, Type::kFloat16})
     for (const Line& line : kLines) Measure(line, type, pool.Parallel(), &factors, read, budget);
   return 0;

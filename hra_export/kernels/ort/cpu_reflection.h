@@ -17,17 +17,10 @@ namespace hra {
 // cpu_coefficients.h). Only for a task without index.
 //
 // Returns null, or what is wrong: an index that names no adapter, or no memory. Y may then hold anything.
-const char* ReflectOnCpu(const Task& task, const Parallel& parallel,
-                         const cpu::PackedFactors* packed = nullptr);
+const char* ReflectOnCpu(const Task& task, const Parallel& parallel, const cpu::PackedFactors* packed = nullptr);
 
 // The same with given instructions, which the machine must have.
 const char* ReflectOnCpuWith(const cpu::Instructions& instructions, const Task& task, const Parallel& parallel,
                              const cpu::PackedFactors* packed = nullptr);
-
-// `avx512`, `avx2` or `baseline`: what `ReflectOnCpu` uses here.
-const char* CpuInstructions();
-
-// The instructions of that name, or null where this machine or this build lacks them.
-const cpu::Instructions* FindInstructions(const char* name);
 
 }  // namespace hra

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu_reflection.h"
+#include "cpu_instructions.h"
 #include "operator.h"
 #ifdef HRA_CUDA
 #include "cuda_reflection.h"
@@ -208,7 +208,7 @@ HRA_EXPORT const char* HraExportOperatorInfo() {
 #else
       R"(, "providers": ["cpu"], "cuda_architectures": [])" +
 #endif
-      R"(, "instructions": ")" + hra::CpuInstructions() + R"("})");
+      R"(, "instructions": ")" + hra::cpu::BestInstructions().name + R"("})");
   return text->c_str();
 }
 
