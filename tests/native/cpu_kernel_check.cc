@@ -113,7 +113,9 @@ void CheckPacked(Case& task, const hra::cpu::Instructions& instructions, const s
     for (size_t i = 0; i < members.size(); ++i) {
       const int64_t rank = shape.ranks[i];
       const bool has_coefficients = factors.members[i].m != nullptr;
-      const bool is_chain = shape.type == Type::kFloat32 && shape.is_chain && rank > 0 && 4 * rank <= shape.features;
+      const bool is_small =
+          rank > 0 && rank <= hra::cpu::kLargestRank && hra::cpu::kLeastFeaturesPerRank * rank <= shape.features;
+      const bool is_chain = shape.type == Type::kFloat32 && shape.is_chain && is_small;
       if (has_coefficients != is_chain) Fail(where + (is_chain ? ": M is not found" : ": M is found where none is"));
       const float* m = factors.members[i].m;
       if (has_coefficients) CheckProduct(task.U()[i].Get(), task.V()[i].Get(), m, shape.features, rank);
@@ -166,7 +168,8 @@ std::vector<Shape> FixedShapes() {
     shapes.push_back({type, 0, 33, {4}, 3, 0});
     for (const int64_t rows : {1, 2, 12, 13})
       for (const int64_t d : {64, 83, 576, 1700}) shapes.push_back({type, rows, d, {8, 0, 32, 3}, 0, 1, true});
-    shapes.push_back({type, 12, 150, {19}, 0, 1, true});  // a rank that is padded, and little else
+    shapes.push_back({type, 12, 150, {19}, 0, 1, true});       // a rank that is padded, and little else
+    shapes.push_back({type, 2, 640, {128, 129}, 0, 1, true});  // the largest with M, and one beyond
   }
   return shapes;
 }
